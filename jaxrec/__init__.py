@@ -1,0 +1,30 @@
+"""jaxrec: recommender ops, models and kernels for accelerators, in JAX.
+
+`import jaxrec` and `import jaxrec.ops` load JAX and nothing heavier; the names below load what
+they need when they are first used.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from jaxrec.errors import UserError as UserError
+
+# name -> module that defines it
+_LAZY: dict[str, str] = {
+    "UserError": "jaxrec.errors",
+}
+
+__all__ = ["__version__", *_LAZY]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(import_module(_LAZY[name]), name)
+    raise AttributeError(f"module 'jaxrec' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,1 @@
+"""The core: pure functions over arrays. Needs JAX alone."""

@@ -1,0 +1,61 @@
+"""Which implementation of an op runs, and why.
+
+Every op names itself and asks `choose` before it traces anything. `supports` of a kernel looks at
+shapes, dtypes and options only, never at the device; which platform's code is compiled is decided
+at lowering, by `platform_switch`, so that one traced function can be compiled for the host, for a
+TPU ahead of time, or exported.
+"""
+
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, TypeVar
+
+from jax import lax
+
+Implementation = Literal["xla", "pallas"]
+IMPLEMENTATIONS: tuple[str, ...] = ("xla", "pallas")
+T = TypeVar("T")
+
+
+class Choice(NamedTuple):
+    """What `choose` decided for one call of an op."""
+
+    op: str
+    implementation: Implementation
+    reason: str
+
+
+def choose(op: str, implementation: str | None, unsupported: str | None) -> Choice:
+    """Picks the implementation of `op`.
+
+    Args:
+      op: the op's name, for messages.
+      implementation: what the caller asked for; `None` leaves the choice to the op.
+      unsupported: why the Pallas kernel cannot take this call, or `None` if it can.
+
+    Raises:
+      ValueError: the name is unknown, or a forced kernel cannot run; the reason is in the message.
+    """
+    if implementation is None:
+        if unsupported is None:
+            return Choice(op, "pallas", "the kernel supports these shapes, dtypes and options")
+        return Choice(op, "xla", unsupported)
+    if implementation == "xla":
+        return Choice(op, "xla", "asked for by the caller")
+    if implementation == "pallas":
+        if unsupported is not None:
+            raise ValueError(
+                f"{op}: implementation='pallas' cannot run: {unsupported}; "
+                "use implementation='xla' or None"
+            )
+        return Choice(op, "pallas", "asked for by the caller")
+    raise ValueError(
+        f"{op}: implementation must be one of {', '.join(map(repr, IMPLEMENTATIONS))} or None, "
+        f"got {implementation!r}"
+    )
+
+
+def platform_switch(
+    xla: Callable[..., T], kernels: dict[str, Callable[..., T]], *operands: Any
+) -> T:
+    """Runs the kernel of the platform that is compiled for, or `xla` where there is none."""
+    return lax.platform_dependent(*operands, default=xla, **kernels)

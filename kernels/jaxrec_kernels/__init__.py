@@ -1,0 +1,1 @@
+"""Pallas kernels behind `jaxrec.ops`: one folder an op, one file a backend."""
