@@ -1,0 +1,232 @@
+"""From a split to batches: which sequences go together, and the arrays a step reads.
+
+Batches are *stratified by length*: within an epoch, every batch draws about one sequence from each
+quantile of length. Which sequences meet is still random, but all batches hold nearly the same
+number of events, so one static number of packed rows fits them all with little left empty. An epoch
+has ceil(sequences / batch_size) batches whose sizes differ by at most one, packed or not.
+"""
+
+import math
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from jaxrec.data.packing import Rows, fill, place, place_alone
+from jaxrec.errors import UserError
+
+
+class Sequences(NamedTuple):
+    """Ranges of a data set's flat event columns: events[starts[i]:stops[i]] is sequence i."""
+
+    starts: NDArray[np.int64]
+    stops: NDArray[np.int64]
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        return self.stops - self.starts
+
+
+def recent(starts: NDArray[np.int64], stops: NDArray[np.int64], length: int) -> Sequences:
+    """The ranges cut to their `length` most recent events."""
+    return Sequences(np.maximum(starts, stops - length), np.asarray(stops))
+
+
+def stratified_batches(
+    lengths: NDArray[np.integer], batches: int, rng: np.random.Generator
+) -> list[NDArray[np.int64]]:
+    """Deals all sequences to `batches` batches, one of every stratum of length to each.
+
+    Args:
+      lengths: int[sequences].
+      batches: how many; sizes differ by at most one.
+      rng: decides everything that is random.
+    """
+    count = len(lengths)
+    # Random order first, so that a stable sort leaves equal lengths in random order.
+    order = rng.permutation(count)
+    order = order[np.argsort(lengths[order], kind="stable")]
+    # One row a stratum, shuffled within; a column is a batch.
+    strata = math.ceil(count / batches)
+    grid = np.full(strata * batches, -1, np.int64)
+    grid[:count] = order
+    grid = rng.permuted(grid.reshape(strata, batches), axis=1)
+    dealt = [column[column >= 0] for column in grid.T]
+    return [dealt[i] for i in rng.permutation(batches)]
+
+
+class TrainingBatches:
+    """Random access to the batches of every epoch: a data source for Grain.
+
+    Element `i` is batch `i % batches_per_epoch` of epoch `i // batches_per_epoch`; it depends on
+    the arguments and `i` alone, which is what makes a resumed run bitwise the same.
+
+    Args:
+      items: int32[events], the data set's flat item column.
+      starts, stops: the training ranges; the last event of each is a target only.
+      batch_size: sequences a batch.
+      max_length: slots of a row; longer sequences keep their most recent events.
+      epochs: length of the source.
+      seed: of the shuffles.
+      packed: several sequences a row, or one.
+      count_from_newest: of the positions.
+
+    Raises:
+      UserError: no range has the two events that one training example needs.
+    """
+
+    def __init__(
+        self,
+        items: NDArray[np.int32],
+        starts: NDArray[np.int64],
+        stops: NDArray[np.int64],
+        *,
+        batch_size: int,
+        max_length: int,
+        epochs: int,
+        seed: int,
+        packed: bool = True,
+        count_from_newest: bool = False,
+    ) -> None:
+        enough = stops - starts >= 2
+        # Inputs are all but the last event, so one event more than max_length is of use.
+        sequences = recent(starts[enough], stops[enough], max_length + 1)
+        if not len(sequences.starts):
+            raise UserError("the training part has no user with two or more events")
+        self._items = items
+        self._starts = sequences.starts
+        self._lengths = sequences.lengths - 1
+        self._max_length = max_length
+        self._seed = seed
+        self._epochs = epochs
+        self._packed = packed
+        self._count_from_newest = count_from_newest
+        self.batches_per_epoch = math.ceil(len(self._starts) / batch_size)
+        # Threads of the loader share one source: each keeps the epoch it is in.
+        self._epoch_batches = lru_cache(maxsize=2)(self._deal)
+        if packed:
+            used = [place(self._lengths[b], max_length).rows for b in self._deal(0)]
+            self.rows = max(used)
+        else:
+            self.rows = max(len(b) for b in self._deal(0))
+
+    @property
+    def sequences(self) -> int:
+        return len(self._starts)
+
+    @property
+    def events(self) -> int:
+        """Training targets an epoch."""
+        return int(self._lengths.sum())
+
+    @property
+    def occupancy(self) -> float:
+        """Share of the slots of an epoch that hold an event."""
+        return self.events / (self.rows * self._max_length * self.batches_per_epoch)
+
+    def _deal(self, epoch: int) -> list[NDArray[np.int64]]:
+        rng = np.random.default_rng([self._seed, epoch])
+        return stratified_batches(self._lengths, self.batches_per_epoch, rng)
+
+    def __len__(self) -> int:
+        return self.batches_per_epoch * self._epochs
+
+    def __getitem__(self, index: Any) -> dict[str, NDArray[Any]]:
+        epoch, number = divmod(int(index), self.batches_per_epoch)
+        chosen = self._epoch_batches(epoch)[number]
+        starts, lengths = self._starts[chosen], self._lengths[chosen]
+        placement = place(lengths, self._max_length) if self._packed else place_alone(len(chosen))
+        events = gather_index(starts, lengths)
+        rows = self.rows
+        if placement.rows > rows:
+            # Rare: a later epoch's batch packs worse than all of the first. One more shape is
+            # compiled, an eighth larger, and nothing is dropped.
+            rows += math.ceil((placement.rows - rows) / max(1, rows // 8)) * max(1, rows // 8)
+        batch = fill(
+            placement,
+            lengths,
+            self._items[events],
+            self._items[events + 1],
+            rows=rows,
+            capacity=self._max_length,
+            count_from_newest=self._count_from_newest,
+        )
+        return batch._asdict()
+
+
+def gather_index(starts: NDArray[np.int64], lengths: NDArray[np.integer]) -> NDArray[np.int64]:
+    """Flat indices of the ranges [starts, starts + lengths), one after the other."""
+    lengths = lengths.astype(np.int64)
+    shift = starts - (np.cumsum(lengths) - lengths)
+    return np.arange(int(lengths.sum())) + np.repeat(shift, lengths)
+
+
+class ContextBatch(NamedTuple):
+    """Sequences whose next item is asked for."""
+
+    rows: Rows
+    last: NDArray[np.int32]
+    """int32[users]: flat slot of each sequence's newest event."""
+    index: NDArray[np.int64]
+    """int64[users]: which sequence each is, in the caller's order; fewer than `users` in the last
+    batch, whose other slots of `last` are 0."""
+
+
+class ContextBatches:
+    """Batches of sequences to rank items for; every sequence exactly once.
+
+    Args:
+      items: int32[events].
+      starts, stops: the contexts; none may be empty.
+      batch_size: sequences a batch.
+      max_length, packed, count_from_newest: as in `TrainingBatches`.
+    """
+
+    def __init__(
+        self,
+        items: NDArray[np.int32],
+        starts: NDArray[np.int64],
+        stops: NDArray[np.int64],
+        *,
+        batch_size: int,
+        max_length: int,
+        packed: bool = True,
+        count_from_newest: bool = False,
+    ) -> None:
+        sequences = recent(starts, stops, max_length)
+        if len(starts) and sequences.lengths.min() < 1:
+            raise ValueError("every context needs at least one event")
+        self._items = items
+        self._starts, self._lengths = sequences.starts, sequences.lengths
+        self._max_length = max_length
+        self._count_from_newest = count_from_newest
+        self.batch_size = min(batch_size, max(1, len(starts)))
+        count = math.ceil(len(starts) / self.batch_size)
+        self._chosen = (
+            stratified_batches(self._lengths, count, np.random.default_rng(0)) if count else []
+        )
+        self._placements = [
+            place(self._lengths[c], max_length) if packed else place_alone(len(c))
+            for c in self._chosen
+        ]
+        self.rows = max((p.rows for p in self._placements), default=0)
+
+    def __len__(self) -> int:
+        return len(self._chosen)
+
+    def __getitem__(self, number: int) -> ContextBatch:
+        chosen, placement = self._chosen[number], self._placements[number]
+        starts, lengths = self._starts[chosen], self._lengths[chosen]
+        rows = fill(
+            placement,
+            lengths,
+            self._items[gather_index(starts, lengths)],
+            None,
+            rows=self.rows,
+            capacity=self._max_length,
+            count_from_newest=self._count_from_newest,
+        )
+        last = np.zeros(self.batch_size, np.int32)
+        last[: len(chosen)] = placement.row * self._max_length + placement.offset + lengths - 1
+        return ContextBatch(rows, last, chosen)

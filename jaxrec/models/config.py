@@ -1,0 +1,106 @@
+"""Configs of the models: names and numbers only, no JAX."""
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from jaxrec.errors import UserError
+from jaxrec.registry import names
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Base of every model's config."""
+
+    type: ClassVar[str] = ""
+
+    def check(self) -> None:
+        """Raises UserError naming the first field with an impossible value."""
+
+
+@dataclass(frozen=True)
+class PositionalKernelConfig:
+    """The learned kernel over positions of one attention block."""
+
+    logits: str = "toeplitz"
+    """Structure of the factor on the attention logits: identity, toeplitz or full."""
+    values: str = "toeplitz"
+    """Structure of the factor on the values: identity, toeplitz or full."""
+    band: int | None = None
+    """Toeplitz: number of taps; none for the full length."""
+    per_head: bool = False
+    """One kernel a head instead of one for all heads."""
+    tie: bool = False
+    """The value factor is the transpose of the logit factor."""
+    shared: bool = False
+    """All blocks share one kernel instead of each having its own."""
+    init: str = "identity"
+    """identity (position-free attention at step 0) or powerlaw."""
+    power: float = 1.0
+    """Exponent of the powerlaw initialisation."""
+
+
+@dataclass(frozen=True)
+class SASRecConfig(ModelConfig):
+    """Config of `jaxrec.models.sasrec.SASRec`."""
+
+    type: ClassVar[str] = "sasrec"
+
+    width: int = 64
+    blocks: int = 2
+    heads: int = 1
+    dropout: float = 0.2
+    """On the input, the attention weights and the feed-forward layers."""
+    feed_forward: int | None = None
+    """Inner width of the feed-forward layers; none for the model's width."""
+    position: str = "additive"
+    """additive, kernel, additive+kernel, or none."""
+    position_order: str = "oldest"
+    """Positions are counted from the oldest or from the newest event of the sequence."""
+    kernel: PositionalKernelConfig = field(default_factory=PositionalKernelConfig)
+    residual: str = "normalized"
+    """What attention is added to: the normalized query (the original) or the block's input."""
+    output_projection: bool = True
+    """A linear layer after attention, as the PyTorch ports have; the original has none."""
+    activation: str = "relu"
+    scale_embedding: bool = True
+    """Multiply item vectors by sqrt(width) at the input."""
+    norm_epsilon: float = 1e-8
+    init_scale: float = 0.02
+    """Standard deviation of the normal initialisation."""
+    dtype: str = "float32"
+    """Of activations: float32 or bfloat16; parameters are float32."""
+
+    def check(self) -> None:
+        for name in ("width", "blocks", "heads"):
+            if getattr(self, name) < 1:
+                raise UserError(f"config: model.{name} must be positive, got {getattr(self, name)}")
+        if self.width % self.heads:
+            raise UserError(
+                f"config: model.width ({self.width}) must be a multiple of model.heads "
+                f"({self.heads})"
+            )
+        if not 0 <= self.dropout < 1:
+            raise UserError(f"config: model.dropout must be in [0, 1), got {self.dropout}")
+        if self.feed_forward is not None and self.feed_forward < 1:
+            raise UserError(f"config: model.feed_forward must be positive, got {self.feed_forward}")
+        _one_of("position", self.position, ("additive", "kernel", "additive+kernel", "none"))
+        _one_of("position_order", self.position_order, ("oldest", "newest"))
+        _one_of("residual", self.residual, ("normalized", "input"))
+        _one_of("dtype", self.dtype, ("float32", "bfloat16"))
+        _one_of("activation", self.activation, tuple(names("activation")))
+        structures = ("identity", "toeplitz", "full")
+        _one_of("kernel.logits", self.kernel.logits, structures)
+        _one_of("kernel.values", self.kernel.values, structures)
+        _one_of("kernel.init", self.kernel.init, ("identity", "powerlaw"))
+        if self.kernel.band is not None and self.kernel.band < 1:
+            raise UserError(f"config: model.kernel.band must be positive, got {self.kernel.band}")
+        if self.kernel.tie and self.kernel.logits != self.kernel.values:
+            raise UserError(
+                "config: model.kernel.tie needs equal structures, got "
+                f"{self.kernel.logits} and {self.kernel.values}"
+            )
+
+
+def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise UserError(f"config: model.{name} must be one of {', '.join(allowed)}, got {value!r}")

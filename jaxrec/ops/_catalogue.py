@@ -1,0 +1,94 @@
+"""What the ops over a whole item catalogue share: checks of arguments, blocks of rows."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+Carry = TypeVar("Carry")
+_FLOATS = ("float32", "bfloat16")
+
+
+def check_matrices(op: str, hidden: Any, item_table: Any) -> None:
+    """Raises unless `hidden` is [rows, D] and `item_table` is [V, D] of one supported dtype."""
+    for name, array in (("hidden", hidden), ("item_table", item_table)):
+        check_float(op, name, array)
+        if array.ndim != 2:
+            hint = "; flatten its leading axes" if name == "hidden" and array.ndim > 2 else ""
+            raise ValueError(f"{op}: {name} must have rank 2, got shape {array.shape}{hint}")
+    if hidden.shape[1] != item_table.shape[1]:
+        raise ValueError(
+            f"{op}: hidden and item_table must have one width, got {hidden.shape[1]} and "
+            f"{item_table.shape[1]}"
+        )
+    if hidden.dtype != item_table.dtype:
+        raise ValueError(
+            f"{op}: hidden and item_table must have one dtype, got {hidden.dtype} and "
+            f"{item_table.dtype}; cast one of them"
+        )
+    if item_table.shape[0] == 0:
+        raise ValueError(f"{op}: item_table must have at least one item, got {item_table.shape}")
+
+
+def check_float(op: str, name: str, array: Any) -> None:
+    if str(array.dtype) not in _FLOATS:
+        raise ValueError(f"{op}: {name} must be float32 or bfloat16, got {array.dtype}")
+
+
+def check_integer(op: str, name: str, array: Any) -> None:
+    if not jnp.issubdtype(array.dtype, jnp.integer):
+        raise ValueError(f"{op}: {name} must hold integers, got {array.dtype}")
+
+
+def check_bool(op: str, name: str, array: Any) -> None:
+    if array.dtype != jnp.bool_:
+        raise ValueError(f"{op}: {name} must be bool, got {array.dtype}")
+
+
+def check_shape(op: str, name: str, array: Any, want: tuple[int, ...]) -> None:
+    if array.shape != want:
+        raise ValueError(f"{op}: {name} must have shape {want}, got {array.shape}")
+
+
+class Rows(NamedTuple):
+    """One block of rows, and which of them no earlier block held.
+
+    All blocks have one size, so the last one begins early and repeats rows where the size does
+    not divide the count; `fresh` is False there.
+    """
+
+    start: jax.Array
+    size: int
+    fresh: jax.Array
+
+    def take(self, array: jax.Array) -> jax.Array:
+        return lax.dynamic_slice_in_dim(array, self.start, self.size)
+
+    def take_fresh(self, array: jax.Array) -> jax.Array:
+        """The block's rows, with zeros in the repeated ones, so that sums count a row once."""
+        block = self.take(array)
+        mask = self.fresh.reshape((self.size,) + (1,) * (block.ndim - 1))
+        return jnp.where(mask, block, jnp.zeros((), block.dtype))
+
+    def put(self, array: jax.Array, block: jax.Array) -> jax.Array:
+        return lax.dynamic_update_slice_in_dim(array, block, self.start, 0)
+
+    def add(self, array: jax.Array, block: jax.Array) -> jax.Array:
+        return self.put(array, self.take(array) + block)
+
+
+def over_rows(count: int, size: int, body: Callable[[Rows, Carry], Carry], carry: Carry) -> Carry:
+    """Runs `body` on every block of `size` rows out of `count`, in order."""
+    size = min(size, count)
+    blocks = -(-count // size)
+
+    def step(index: jax.Array, carry: Carry) -> Carry:
+        begin = index * size
+        start = jnp.minimum(begin, count - size)
+        return body(Rows(start, size, start + jnp.arange(size) >= begin), carry)
+
+    if blocks == 1:
+        return step(jnp.zeros((), jnp.int32), carry)
+    return lax.fori_loop(0, blocks, step, carry)

@@ -1,0 +1,313 @@
+"""What an experiment is: frozen dataclasses of names and numbers, and their JSON form.
+
+Nothing here imports JAX. Every field can be set on the command line by its dotted name
+(`--training.epochs 3`), is stored in the run folder as JSON, and is checked when read back; nothing
+that is stored is executed.
+"""
+
+import dataclasses
+import runpy
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from jaxrec.errors import UserError
+from jaxrec.models.config import ModelConfig, SASRecConfig
+from jaxrec.registry import names, resolve
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which data set, how it is split, and how sequences become rows."""
+
+    name: str = "generated"
+    """A prepared data set (`jaxrec data list`), or the path of its folder."""
+    split: str = "leave_one_out"
+    """leave_one_out, temporal, or a registered split."""
+    quantile: float = 0.9
+    """Temporal split: the quantile of time from which events are for testing."""
+    validation_quantile: float = 0.9
+    """Temporal split: the same within the training part, for validation."""
+    target: str = "last"
+    """Temporal split: the event to predict: last, first, random or all."""
+    max_length: int = 50
+    """A sequence is cut to this many of its most recent events."""
+    packed: bool = True
+    """Several sequences share a row (no compute on padding); False gives every sequence its own."""
+    prefetch: int = 4
+    """Batches made ahead of the step that uses them."""
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """The training objective."""
+
+    name: str = "full_softmax"
+    label_smoothing: float = 0.0
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """An optax optimiser and its schedule."""
+
+    name: str = "adam"
+    learning_rate: float = 1e-3
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    """Decoupled (AdamW); never applied to biases, normalisation, or positional kernels."""
+    warmup_steps: int = 0
+    """The rate rises linearly from zero over this many steps."""
+    schedule: str = "constant"
+    """constant, cosine or linear (both decay to zero at the last step of the last epoch)."""
+    clip_norm: float | None = None
+    """Gradients are scaled down to this global norm."""
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """How long, how many at once, what decides."""
+
+    batch_size: int = 128
+    """Sequences an optimiser step, packed or not."""
+    epochs: int = 100
+    """Upper bound; early stopping usually ends sooner."""
+    patience: int = 10
+    """Validations without improvement before training stops; 0 never stops early."""
+    validate_every: int = 1
+    """Epochs between validations."""
+    metric: str = "ndcg@10"
+    """The validation metric that picks the best checkpoint and stops training."""
+    seed: int = 0
+    checkpoint_every: int = 0
+    """Steps between checkpoints besides the one after every validation; 0 for none."""
+    log_every: int = 50
+    """Steps between two points of the training curve (and two checks that the loss is finite)."""
+    tensorboard: bool = False
+    """Also write TensorBoard events (needs the tensorboard extra)."""
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """How ranked lists are made and judged."""
+
+    ks: tuple[int, ...] = (1, 5, 10, 20)
+    filter_seen: bool = True
+    """Items of the user's own history are never recommended."""
+    batch_size: int = 1024
+    """Users ranked at once."""
+    validation_users: int = 0
+    """Validate on this many users, drawn once by the seed; 0 for all."""
+    level: float = 0.95
+    """Of the bootstrap interval over users."""
+    resamples: int = 1000
+
+
+@dataclass(frozen=True)
+class Published:
+    """A number somebody published, which the result is held against."""
+
+    source: str
+    metrics: dict[str, float]
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Everything that decides a run."""
+
+    name: str = "sasrec"
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=SASRecConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    published: dict[str, tuple[Published, ...]] = field(default_factory=dict)
+    """By data set name."""
+
+
+def check(config: Experiment) -> Experiment:
+    """Returns `config` if every field has the right type and a possible value.
+
+    Raises:
+      UserError: naming the first field that is wrong.
+    """
+    config = from_dict(to_dict(config), "config")
+    positive = {
+        "data.max_length": config.data.max_length,
+        "data.prefetch": config.data.prefetch,
+        "training.batch_size": config.training.batch_size,
+        "training.epochs": config.training.epochs,
+        "training.validate_every": config.training.validate_every,
+        "training.log_every": config.training.log_every,
+        "evaluation.batch_size": config.evaluation.batch_size,
+        "evaluation.resamples": config.evaluation.resamples,
+        "optimizer.learning_rate": config.optimizer.learning_rate,
+    }
+    for name, value in positive.items():
+        if not value > 0:
+            raise UserError(f"config: {name} must be positive, got {value}")
+    not_negative = {
+        "training.patience": config.training.patience,
+        "training.seed": config.training.seed,
+        "training.checkpoint_every": config.training.checkpoint_every,
+        "evaluation.validation_users": config.evaluation.validation_users,
+        "optimizer.weight_decay": config.optimizer.weight_decay,
+        "optimizer.warmup_steps": config.optimizer.warmup_steps,
+    }
+    for name, value in not_negative.items():
+        if not value >= 0:
+            raise UserError(f"config: {name} must not be negative, got {value}")
+    fractions = {
+        "data.quantile": config.data.quantile,
+        "data.validation_quantile": config.data.validation_quantile,
+        "evaluation.level": config.evaluation.level,
+    }
+    for name, value in fractions.items():
+        if not 0 < value < 1:
+            raise UserError(f"config: {name} must be between 0 and 1, got {value}")
+    if not 0 <= config.loss.label_smoothing < 1:
+        raise UserError(
+            f"config: loss.label_smoothing must be in [0, 1), got {config.loss.label_smoothing}"
+        )
+    if config.optimizer.schedule not in ("constant", "cosine", "linear"):
+        raise UserError(
+            "config: optimizer.schedule must be constant, cosine or linear, "
+            f"got {config.optimizer.schedule!r}"
+        )
+    if config.data.target not in ("last", "first", "random", "all"):
+        raise UserError(
+            f"config: data.target must be last, first, random or all, got {config.data.target!r}"
+        )
+    ks = config.evaluation.ks
+    if not ks or any(k < 1 for k in ks):
+        raise UserError(f"config: evaluation.ks must be one or more positive numbers, got {ks}")
+    metric, _, k = config.training.metric.partition("@")
+    if metric not in ("hr", "ndcg", "mrr", "recall") or not k.isdigit() or int(k) not in ks:
+        raise UserError(
+            "config: training.metric must be hr, ndcg, mrr or recall at one of evaluation.ks "
+            f"{ks} (like ndcg@{ks[-1]}), got {config.training.metric!r}"
+        )
+    for kind, name in (
+        ("model", config.model.type),
+        ("loss", config.loss.name),
+        ("split", config.data.split),
+        ("optimizer", config.optimizer.name),
+    ):
+        if name not in names(kind):
+            raise UserError(f"config: unknown {kind} {name!r}; known: {', '.join(names(kind))}")
+    config.model.check()
+    return config
+
+
+def to_dict(config: Experiment) -> dict[str, Any]:
+    """`config` as JSON types; the model's dictionary carries its `type`."""
+    result: dict[str, Any] = msgspec.to_builtins(config)
+    result["model"] = {"type": config.model.type, **result["model"]}
+    return result
+
+
+def from_dict(values: dict[str, Any], where: str) -> Experiment:
+    """The inverse of `to_dict`, strictly checked.
+
+    Args:
+      values: as `to_dict` gives them; missing fields take their defaults.
+      where: file or other place the values come from, for messages.
+
+    Raises:
+      UserError: an unknown field, a value of the wrong type, an unknown model.
+    """
+    if not isinstance(values, dict):
+        raise UserError(f"{where}: an experiment is a table of fields, got {type(values).__name__}")
+    values = dict(values)
+    model = values.pop("model", {"type": "sasrec"})
+    if not isinstance(model, dict) or "type" not in model:
+        raise UserError(f"{where}: model must be a table of fields with a 'type'")
+    model = dict(model)
+    model_class = resolve("model", model.pop("type")).Config
+    _reject_unknown(values, Experiment, where, "")
+    _reject_unknown(model, model_class, where, "model.")
+    try:
+        parsed_model = msgspec.convert(model, model_class)
+    except msgspec.ValidationError as error:
+        raise UserError(_message(where, "model.", error)) from None
+    try:
+        parsed = msgspec.convert(values, _WithoutModel)
+    except msgspec.ValidationError as error:
+        raise UserError(_message(where, "", error)) from None
+    fields = {f.name: getattr(parsed, f.name) for f in dataclasses.fields(_WithoutModel)}
+    return Experiment(model=parsed_model, **fields)
+
+
+_WithoutModel = dataclasses.make_dataclass(
+    "_WithoutModel",
+    [
+        (
+            f.name,
+            f.type,
+            field(default_factory=f.default_factory)
+            if f.default_factory is not dataclasses.MISSING
+            else field(default=f.default),
+        )
+        for f in dataclasses.fields(Experiment)
+        if f.name != "model"
+    ],
+)
+
+
+def _reject_unknown(values: dict[str, Any], cls: type, where: str, prefix: str) -> None:
+    known = {f.name: f.type for f in dataclasses.fields(cls)}
+    for key, value in values.items():
+        if key not in known:
+            raise UserError(
+                f"{where}: unknown field {prefix}{key}; fields there: {', '.join(known)}"
+            )
+        kind = known[key]
+        if isinstance(value, dict) and isinstance(kind, type) and dataclasses.is_dataclass(kind):
+            _reject_unknown(value, kind, where, f"{prefix}{key}.")
+
+
+def _message(where: str, prefix: str, error: msgspec.ValidationError) -> str:
+    what, _, place = str(error).partition(" - at `$")
+    name = prefix + place.strip("`.") if place else prefix.rstrip(".")
+    return f"{where}: {name}: {what[0].lower()}{what[1:]}"
+
+
+def load_config(path: str | Path) -> Experiment:
+    """Runs a config file, which is Python and must define `config: Experiment`.
+
+    Raises:
+      UserError: no such file, an error in it (with its line), or no `config` in it.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such config file")
+    if path.suffix != ".py":
+        raise UserError(f"{path}: a config is a Python file that defines `config`, got {path.name}")
+    try:
+        defined = runpy.run_path(str(path))
+    except SyntaxError as error:
+        raise UserError(f"{path}, line {error.lineno}: {error.msg}") from None
+    except Exception as error:
+        line = _line_in(path, error)
+        raise UserError(f"{path}, line {line}: {type(error).__name__}: {error}") from error
+    config = defined.get("config")
+    if not isinstance(config, Experiment):
+        raise UserError(
+            f"{path}: must define `config`, a jaxrec.training.config.Experiment; "
+            f"got {type(config).__name__}"
+        )
+    return check(config)
+
+
+def _line_in(path: Path, error: BaseException) -> int | str:
+    traceback, line = error.__traceback__, "?"
+    while traceback is not None:
+        if traceback.tb_frame.f_code.co_filename == str(path):
+            line = str(traceback.tb_lineno)
+        traceback = traceback.tb_next
+    return line

@@ -1,0 +1,78 @@
+"""Where the numbers of a run go: JSON lines always, TensorBoard if asked."""
+
+import json
+import math
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from jaxrec.errors import UserError
+
+
+class Curves:
+    """Appends to metrics.jsonl.
+
+    Args:
+      path: the file.
+      keep: lines of an earlier session that stay; what a resumed run will write again is cut off.
+      tensorboard: folder for event files, or none.
+    """
+
+    def __init__(self, path: Path, *, keep: int, tensorboard: Path | None = None) -> None:
+        _truncate(path, keep)
+        self.lines = keep
+        self._file = path.open("a", encoding="utf-8")
+        self._writer: Any = None
+        if tensorboard is not None:
+            try:
+                from tensorboardX import SummaryWriter
+            except ImportError:
+                raise UserError(
+                    "training.tensorboard needs tensorboardX: pip install 'jaxrec[tensorboard]'"
+                ) from None
+            self._writer = SummaryWriter(str(tensorboard))
+
+    def write(self, values: dict[str, Any]) -> None:
+        """One line; it has a `step`."""
+        self._file.write(json.dumps(values, allow_nan=False) + "\n")
+        self._file.flush()
+        self.lines += 1
+        if self._writer is not None:
+            for name, value in _scalars(values, ""):
+                if name != "step":
+                    self._writer.add_scalar(name, value, values["step"])
+
+    def __enter__(self) -> "Curves":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._file.close()
+        if self._writer is not None:
+            self._writer.close()
+
+
+def _truncate(path: Path, keep: int) -> None:
+    if not path.exists():
+        return
+    with path.open("rb+") as file:
+        for _ in range(keep):
+            if not file.readline().endswith(b"\n"):
+                raise UserError(
+                    f"{path}: has fewer than the {keep} lines that its checkpoint remembers"
+                )
+        file.truncate(file.tell())
+
+
+def _scalars(values: dict[str, Any], prefix: str) -> list[tuple[str, float]]:
+    result: list[tuple[str, float]] = []
+    for key, value in values.items():
+        if isinstance(value, dict):
+            result += _scalars(value, f"{prefix}{key}/")
+        elif isinstance(value, int | float) and math.isfinite(value):
+            result.append((prefix + key, float(value)))
+    return result

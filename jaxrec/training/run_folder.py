@@ -1,0 +1,133 @@
+"""The folder a run lives in.
+
+    RUN/
+      config.json        the experiment, as trained (and jaxrec's version)
+      data.json          data set: name, hash, counts, split
+      items.parquet      item ids and titles by index: recommending needs no data set
+      metrics.jsonl      the curves, one JSON object a line
+      checkpoints/       best and last, by step
+      results.json       the results file, when the run has ended
+      tensorboard/       event files, if asked for
+"""
+
+import json
+import os
+import secrets
+from pathlib import Path
+from typing import Any
+
+from jaxrec.errors import UserError
+from jaxrec.training.config import Experiment, check, from_dict, to_dict
+
+FORMAT = 1
+
+
+class RunFolder:
+    """Paths and JSON files of a run; creates nothing until told to."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path).expanduser().absolute()
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.json"
+
+    @property
+    def data(self) -> Path:
+        return self.path / "data.json"
+
+    @property
+    def items(self) -> Path:
+        return self.path / "items.parquet"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def results(self) -> Path:
+        return self.path / "results.json"
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.path / "tensorboard"
+
+    def exists(self) -> bool:
+        return self.config.is_file()
+
+    def require(self) -> None:
+        """Raises UserError unless this is a run folder."""
+        if not self.path.is_dir():
+            raise UserError(f"{self.path}: no such run folder")
+        if not self.config.is_file():
+            raise UserError(f"{self.path}: not a run folder, it has no config.json")
+
+    def write_config(self, config: Experiment) -> None:
+        import jaxrec
+
+        values = {"format": FORMAT, "jaxrec": jaxrec.__version__, "experiment": to_dict(config)}
+        write_json(self.config, values)
+
+    def read_config(self) -> Experiment:
+        """The experiment of this run.
+
+        Raises:
+          UserError: not a run folder, damaged JSON, a newer format, or a field that is wrong.
+        """
+        self.require()
+        values = read_json(self.config)
+        if values.get("format", 0) > FORMAT:
+            raise UserError(
+                f"{self.config}: written by a newer jaxrec ({values.get('jaxrec')}); upgrade"
+            )
+        if "experiment" not in values:
+            raise UserError(f"{self.config}: has no experiment in it")
+        return check(from_dict(values["experiment"], str(self.config)))
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl; an unfinished last line is left out."""
+        if not self.metrics.is_file():
+            return []
+        lines = []
+        with self.metrics.open(encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                try:
+                    lines.append(json.loads(line))
+                except json.JSONDecodeError:
+                    if line.endswith("\n"):
+                        raise UserError(f"{self.metrics}, line {number}: not JSON") from None
+        return lines
+
+
+def write_json(path: Path, values: Any) -> None:
+    """Writes a JSON file whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}")
+    try:
+        temporary.write_text(
+            json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False) + "\n",
+            encoding="utf-8",
+        )
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_json(path: Path) -> Any:
+    """Reads a JSON object.
+
+    Raises:
+      UserError: no such file, or what is in it is not a JSON object.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not JSON ({error}); the file is damaged") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: wanted a JSON object, got {type(values).__name__}")
+    return values

@@ -1,0 +1,70 @@
+"""From a config to the parts of a run: data, split, model."""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from jax import Array
+
+from jaxrec.data.batches import TrainingBatches
+from jaxrec.data.prepared import Interactions, open_prepared
+from jaxrec.data.splits import Split, make_split, resolve_split
+from jaxrec.models.binding import Parameters, build_model, split_model
+from jaxrec.training.config import DataConfig, Experiment
+
+
+def open_data(config: DataConfig) -> Interactions:
+    """The data set that the config names; the default generated one is made if it is missing."""
+    if config.name == "generated":
+        from jaxrec.data.generate import ensure_generated
+
+        return ensure_generated()
+    return open_prepared(config.name)
+
+
+def split_data(config: Experiment, interactions: Interactions) -> Split:
+    """The split that the config names, with those of the config's options that it has."""
+    options: dict[str, Any] = {
+        "quantile": config.data.quantile,
+        "validation_quantile": config.data.validation_quantile,
+        "target": config.data.target,
+        "seed": config.training.seed,
+    }
+    known = inspect.signature(resolve_split(config.data.split)).parameters
+    return make_split(
+        interactions, config.data.split, **{k: v for k, v in options.items() if k in known}
+    )
+
+
+def count_from_newest(config: Experiment) -> bool:
+    """Whether the model wants positions counted back from the newest event."""
+    return getattr(config.model, "position_order", "oldest") == "newest"
+
+
+def training_batches(
+    config: Experiment, interactions: Interactions, split: Split
+) -> TrainingBatches:
+    return TrainingBatches(
+        interactions.items,
+        split.train.starts,
+        split.train.stops,
+        batch_size=config.training.batch_size,
+        max_length=config.data.max_length,
+        epochs=config.training.epochs,
+        seed=config.training.seed,
+        packed=config.data.packed,
+        count_from_newest=count_from_newest(config),
+    )
+
+
+def make_model(
+    config: Experiment, num_items: int
+) -> tuple[Parameters, Callable[[dict[str, Array]], Any]]:
+    """Initial parameters and the function that binds parameters to the model."""
+    model = build_model(
+        config.model,
+        num_items=num_items,
+        max_length=config.data.max_length,
+        seed=config.training.seed,
+    )
+    return split_model(model)

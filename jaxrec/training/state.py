@@ -1,0 +1,152 @@
+"""What changes from step to step, and the step.
+
+The state is one pytree that lives on the device and is donated to every step. The running sums that
+become a point of the training curve are part of it, so the host reads nothing while it trains; so
+is the guard against non-finite values, which freezes the state at the first bad step and remembers
+where it was.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+
+Parameters = dict[str, Array]
+
+
+class TrainState(NamedTuple):
+    """Everything a step reads and writes."""
+
+    step: Array
+    """int32: steps done."""
+    parameters: Parameters
+    optimizer_state: Any
+    loss_sum: Array
+    """float32: sum of the batch losses since the last point of the curve."""
+    gradient_norm_sum: Array
+    loss_steps: Array
+    """int32: how many steps are in the sums."""
+    bad_step: Array
+    """int32: the first step with a non-finite loss or gradient; -1 while there is none."""
+    bad_parameter: Array
+    """int32: index (in sorted order of names) of the first parameter with a non-finite gradient at
+    that step; -1 if the gradients were finite and only the loss was not."""
+
+
+def initial_state(
+    parameters: Parameters, optimizer: optax.GradientTransformation
+) -> TrainState:
+    """The state before the first step."""
+
+    # Distinct buffers: the state is donated, and a buffer can be given away only once.
+    def count(value: int) -> Array:
+        return jnp.full((), value, jnp.int32)
+
+    def total() -> Array:
+        return jnp.zeros((), jnp.float32)
+
+    return TrainState(
+        step=count(0),
+        parameters=jax.tree.map(jnp.array, parameters),
+        optimizer_state=optimizer.init(parameters),
+        loss_sum=total(),
+        gradient_norm_sum=total(),
+        loss_steps=count(0),
+        bad_step=count(-1),
+        bad_parameter=count(-1),
+    )
+
+
+def reset_sums(state: TrainState) -> TrainState:
+    """Starts the next point of the curve."""
+    return state._replace(
+        loss_sum=jnp.zeros_like(state.loss_sum),
+        gradient_norm_sum=jnp.zeros_like(state.gradient_norm_sum),
+        loss_steps=jnp.zeros_like(state.loss_steps),
+    )
+
+
+def parameter_names(parameters: Parameters) -> Sequence[str]:
+    """Names in the order that `bad_parameter` counts."""
+    return sorted(parameters)
+
+
+LossFunction = Callable[[Any, dict[str, Array], Array], Array]
+
+
+def make_train_step(
+    bind: Callable[[Parameters], Any],
+    loss_function: LossFunction,
+    optimizer: optax.GradientTransformation,
+    seed: int,
+) -> Callable[[TrainState, dict[str, Array]], tuple[TrainState, Array]]:
+    """Builds the jitted, donating step: (state, batch) -> (state, loss of the batch).
+
+    Args:
+      bind: parameters -> model.
+      loss_function: (model, batch, dropout key) -> scalar loss.
+      optimizer: applied to the gradients.
+      seed: dropout keys are folded from it and the step's number, so a resumed run draws the same.
+    """
+
+    def step(state: TrainState, batch: dict[str, Array]) -> tuple[TrainState, Array]:
+        key = jax.random.fold_in(jax.random.key(seed), state.step)
+        loss, gradients = jax.value_and_grad(
+            lambda parameters: loss_function(bind(parameters), batch, key)
+        )(state.parameters)
+        names = parameter_names(gradients)
+        finite = jnp.stack([jnp.isfinite(gradients[name]).all() for name in names])
+        good = finite.all() & jnp.isfinite(loss)
+        frozen = state.bad_step >= 0
+        keep = good & ~frozen
+        updates, optimizer_state = optimizer.update(
+            gradients, state.optimizer_state, state.parameters
+        )
+        parameters = optax.apply_updates(state.parameters, updates)
+
+        def choose(new: Array, old: Array) -> Array:
+            return jnp.where(keep, new, old)
+
+        first_bad = jnp.where(finite.all(), -1, jnp.argmin(finite)).astype(jnp.int32)
+        newly_bad = ~good & ~frozen
+        after = TrainState(
+            step=state.step + 1,
+            parameters=jax.tree.map(choose, parameters, state.parameters),
+            optimizer_state=jax.tree.map(choose, optimizer_state, state.optimizer_state),
+            loss_sum=state.loss_sum + jnp.where(keep, loss, 0.0),
+            gradient_norm_sum=state.gradient_norm_sum
+            + jnp.where(keep, optax.global_norm(gradients), 0.0),
+            loss_steps=state.loss_steps + keep.astype(jnp.int32),
+            bad_step=jnp.where(newly_bad, state.step, state.bad_step),
+            bad_parameter=jnp.where(newly_bad, first_bad, state.bad_parameter),
+        )
+        return after, loss
+
+    return jax.jit(step, donate_argnums=0)
+
+
+def sequence_loss(
+    loss: Callable[..., Array], **options: Any
+) -> LossFunction:
+    """A loss over [positions, width] states, applied to every slot of a batch of rows."""
+
+    def function(model: Any, batch: dict[str, Array], key: Array) -> Array:
+        hidden = model.hidden(
+            batch["items"],
+            valid=batch["valid"],
+            segment_ids=batch["segment_ids"],
+            positions=batch["positions"],
+            key=key,
+        )
+        return loss(
+            hidden.reshape(-1, hidden.shape[-1]),
+            model.item_table(),
+            batch["targets"].reshape(-1),
+            batch["valid"].reshape(-1),
+            **options,
+        )
+
+    return function
