@@ -11,10 +11,16 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from jaxrec.errors import UserError as UserError
+    from jaxrec.fit import fit as fit
+    from jaxrec.serving.run import Run as Run
+    from jaxrec.serving.run import load as load
 
 # name -> module that defines it
 _LAZY: dict[str, str] = {
     "UserError": "jaxrec.errors",
+    "Run": "jaxrec.serving.run",
+    "fit": "jaxrec.fit",
+    "load": "jaxrec.serving.run",
 }
 
 __all__ = ["__version__", *_LAZY]

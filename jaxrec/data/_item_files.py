@@ -7,11 +7,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from jaxrec.data._csv_source import CsvOptions
 from jaxrec.data._ids import IdIndex
-from jaxrec.data._sources import CsvOptions, ParquetSource, Source, check_columns, open_source
+from jaxrec.data._sources import ParquetSource, Source, check_columns, open_source
 from jaxrec.errors import UserError
 
 _TITLE = "title"
+_ROWS_AT_ONCE = 1 << 16
 
 
 @dataclass
@@ -29,91 +31,102 @@ class ItemFile:
     counts: dict[str, int]
 
 
-def read_items(
-    path: Path,
-    item_ids: pa.Array,
-    *,
-    id_column: str,
-    title_column: str | None,
-    vectors_file: Path | None,
-    options: CsvOptions,
-) -> ItemFile:
-    """Reads an items file and puts its rows in the order of the set's items.
+class ItemReader:
+    """An items file and its vectors: looked into at once, read when the set's items are known."""
 
-    Args:
-        path: CSV or Parquet, a row an item.
-        item_ids: original ids of the set's items, by index.
-        id_column: column of the items' ids.
-        title_column: column of the titles; None takes `title` where there is one.
-        vectors_file: .npy, float [rows, D]; row k belongs to row k of the items file.
-        options: how to read CSV.
+    def __init__(
+        self,
+        path: Path,
+        *,
+        id_column: str,
+        title_column: str | None,
+        vectors_file: Path | None,
+        options: CsvOptions,
+    ) -> None:
+        """Opens the files.
 
-    Raises:
-        UserError: where a column is missing, an id is empty or stands twice, no id is known to
-            the events, or the vectors do not fit.
-    """
-    source = open_source(path, [id_column], options)
-    wanted = {"item": id_column}
-    if title_column is not None:
-        wanted["title"] = title_column
-    check_columns(
-        source,
-        wanted,
-        {
-            "item": "name the column of ids with --items-id-column (items_id_column)",
-            "title": "name another with --title-column (title_column)",
-        },
-    )
-    rows = _read(source, id_column)
-    ids = _checked_ids(source, rows, id_column)
-    place = IdIndex(item_ids, "item", "the events").find_all(ids)
-    if not bool(np.any(place >= 0)):
-        raise UserError(
-            f"{path}: none of its {len(ids):,} ids in column {id_column!r} (such as "
-            f"{ids[0].as_py()!r}) occurs among the events' items (such as {item_ids[0].as_py()!r})"
+        Args:
+            path: CSV or Parquet, a row an item.
+            id_column: column of the items' ids.
+            title_column: column of the titles; None takes `title` where there is one.
+            vectors_file: .npy, float [rows, D]; row k belongs to row k of the items file.
+            options: how to read CSV.
+
+        Raises:
+            UserError: where a file or a column is missing, or the vectors are not an array.
+        """
+        self._id_column, self._title_column = id_column, title_column
+        self._source = open_source(path, [id_column], options)
+        self._vectors_file = vectors_file
+        self._vectors = None if vectors_file is None else _open_vectors(vectors_file)
+        wanted = {"item": id_column}
+        if title_column is not None:
+            wanted["title"] = title_column
+        check_columns(
+            self._source,
+            wanted,
+            {
+                "item": "name the column of ids with --items-id-column (items_id_column)",
+                "title": "name another with --title-column (title_column)",
+            },
         )
-    row_of = np.full(len(item_ids), -1, np.int64)
-    known = place >= 0
-    row_of[place[known]] = np.flatnonzero(known)
-    picked = pa.array(np.maximum(row_of, 0), mask=row_of < 0)
-    table = _titled(rows.drop_columns([id_column]).take(picked), title_column)
-    vectors = None
-    if vectors_file is not None:
-        vectors = _read_vectors(vectors_file, len(ids), path)[np.maximum(row_of, 0)]
-        vectors[row_of < 0] = 0
-    counts = {
-        "rows": len(ids),
-        "rows_without_events": int(np.sum(~known)),
-        "items_without_a_row": int(np.sum(row_of < 0)),
-    }
-    return ItemFile(table, vectors, counts)
+
+    def read(self, item_ids: pa.Array) -> ItemFile:
+        """Puts the rows in the order of the set's items, whose original ids are given.
+
+        Raises:
+            UserError: where an id is empty or stands twice, no id is known to the events, or the
+                vectors do not fit.
+        """
+        source = self._source
+        rows = _read(source, self._id_column)
+        ids = _checked_ids(source, rows, self._id_column)
+        place = IdIndex(item_ids, "item", "the events").find_all(ids)
+        known = place >= 0
+        if not known.any():
+            raise UserError(
+                f"{source.path}: none of its {len(ids):,} ids in column {self._id_column!r} (such "
+                f"as {ids[0].as_py()!r}) occurs among the events' items (such as "
+                f"{item_ids[0].as_py()!r})"
+            )
+        row_of = np.full(len(item_ids), -1, np.int64)
+        row_of[place[known]] = np.flatnonzero(known)
+        absent = row_of < 0
+        picked = pa.array(np.maximum(row_of, 0), mask=absent)
+        table = _titled(rows.drop_columns([self._id_column]).take(picked), self._title_column)
+        vectors = None
+        if self._vectors is not None and self._vectors_file is not None:
+            _check_vectors(self._vectors, self._vectors_file, len(ids), source.path)
+            vectors = np.asarray(self._vectors[np.maximum(row_of, 0)])
+            vectors = vectors if vectors.dtype == np.float16 else vectors.astype(np.float32)
+            vectors[absent] = 0
+        counts = {
+            "rows": len(ids),
+            "rows_without_events": int(np.sum(~known)),
+            "items_without_a_row": int(np.sum(absent)),
+        }
+        return ItemFile(table, vectors, counts)
 
 
 def _read(source: Source, id_column: str) -> pa.Table:
-    names = [name for name in source.names if source.names.count(name) == 1]
+    names = [name for name in source.names if name and source.names.count(name) == 1]
     if isinstance(source, ParquetSource):
         names = [name for name in names if not pa.types.is_nested(source.type_of(name))]
-        if id_column not in names:
-            raise UserError(
-                f"{source.path}: column {id_column!r} is of type {source.type_of(id_column)}; ids "
-                "are integers or text"
-            )
+        names = list(dict.fromkeys([*names, id_column]))
     # All text in a CSV file: what looks like a number may be a code with leading zeros.
     return pa.Table.from_batches(source.batches(names, []))
 
 
 def _checked_ids(source: Source, rows: pa.Table, id_column: str) -> pa.Array:
     column = rows[id_column].combine_chunks()
-    if isinstance(column, pa.ChunkedArray):
-        column = column.combine_chunks()
     if pa.types.is_dictionary(column.type):
         column = column.dictionary_decode()
-    if not (pa.types.is_integer(column.type) or pa.types.is_string(column.type)):
-        if not pa.types.is_large_string(column.type):
-            raise UserError(
-                f"{source.path}: column {id_column!r} is of type {column.type}; ids are integers "
-                "or text"
-            )
+    kinds = (pa.types.is_integer, pa.types.is_string, pa.types.is_large_string)
+    if not any(is_kind(column.type) for is_kind in kinds):
+        raise UserError(
+            f"{source.path}: column {id_column!r} is of type {column.type}; ids are integers or "
+            "text"
+        )
     ids = column.cast(pa.string())
     empty = pc.or_(ids.is_null(), pc.equal(pc.utf8_trim_whitespace(ids), "").fill_null(True))
     first = pc.index(empty, True).as_py()
@@ -151,13 +164,15 @@ def _titled(table: pa.Table, title_column: str | None) -> pa.Table:
     return table
 
 
-def _read_vectors(path: Path, rows: int, items_file: Path) -> np.ndarray:
+def _open_vectors(path: Path) -> np.ndarray:
     if not path.is_file():
         raise UserError(f"{path}: no such file of item vectors")
     try:
         vectors = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
-        why = "it holds Python objects" if "pickle" in str(error).lower() else str(error)
+        why = str(error).splitlines()[0]
+        if "pickle" in why or "Python objects" in why:
+            why = "it holds Python objects, or is no .npy file"
         raise UserError(
             f"{path}: not an array of item vectors ({why}); write float32 [rows, D] with numpy.save"
         ) from None
@@ -168,14 +183,17 @@ def _read_vectors(path: Path, rows: int, items_file: Path) -> np.ndarray:
         raise UserError(
             f"{path}: holds {vectors.dtype}{list(vectors.shape)}; wanted floats [rows, D]"
         )
+    return vectors
+
+
+def _check_vectors(vectors: np.ndarray, path: Path, rows: int, items_file: Path) -> None:
     if len(vectors) != rows:
         raise UserError(
             f"{path}: {len(vectors):,} rows where {items_file.name} has {rows:,}; row k of the one "
             "must belong to row k of the other"
         )
-    for start in range(0, rows, 1 << 16):
-        strange = ~np.isfinite(vectors[start : start + (1 << 16)]).all(axis=1)
+    for start in range(0, rows, _ROWS_AT_ONCE):
+        strange = ~np.isfinite(vectors[start : start + _ROWS_AT_ONCE]).all(axis=1)
         if strange.any():
             bad = start + int(np.argmax(strange))
             raise UserError(f"{path}: row {bad} (the first is row 0) holds NaN or infinity")
-    return vectors if vectors.dtype == np.float16 else vectors.astype(np.float32, copy=False)

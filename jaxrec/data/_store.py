@@ -6,7 +6,9 @@ import os
 import secrets
 import shutil
 import socket
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -96,10 +98,24 @@ def _is_alive(pid: int) -> bool:
     return True
 
 
-def sha256_file(path: Path) -> str:
-    """SHA-256 of a file, as hexadecimal."""
+def sha256_file(path: Path, stop: threading.Event | None = None) -> str:
+    """SHA-256 of a file, as hexadecimal; an unfinished one where `stop` is set meanwhile."""
     digest = hashlib.sha256()
     with path.open("rb") as stream:
         while block := stream.read(_BLOCK):
             digest.update(block)
+            if stop is not None and stop.is_set():
+                break
     return digest.hexdigest()
+
+
+@contextmanager
+def hashing_beside(paths: Sequence[Path]) -> Iterator[list["Future[str]"]]:
+    """Hashes files in a thread while the block runs; given up where the block fails."""
+    stop = threading.Event()
+    with ThreadPoolExecutor(1, "hashing") as pool:
+        try:
+            yield [pool.submit(sha256_file, path, stop) for path in paths]
+        except BaseException:
+            stop.set()
+            raise

@@ -16,9 +16,7 @@ TIME_OPTIONS = ("auto", "s", "ms", "us", "ns", "iso")
 
 # Numbers below each bound are taken for that unit: 1e11 s is the year 5138, 1e11 ms is 1973.
 _BOUNDS: tuple[tuple[TimeUnit, float], ...] = (("s", 1e11), ("ms", 1e14), ("us", 1e17))
-_WANTED = (
-    "wanted a number of s, ms, us or ns since 1970, or ISO 8601 such as 2024-05-01 12:30:00"
-)
+_WANTED = "wanted a number of s, ms, us or ns since 1970, or ISO 8601 such as 2024-05-01 12:30:00"
 # Parsers of text, most usual first; the kind of a column is that of the first that takes it all.
 _TEXT_KINDS: tuple[tuple[str, pa.DataType], ...] = (
     ("whole numbers", pa.int64()),
@@ -77,7 +75,9 @@ def parse(
     negative = values < 0
     if len(values) and bool(negative.any()):
         row = int(np.argmax(negative))
-        raise BadRow(row, name, f"{_shown(column, row)} lies before 1970; times must not be negative")
+        raise BadRow(
+            row, name, f"{_shown(column, row)} lies before 1970; times must not be negative"
+        )
     return Piece(kind, values, unit, locate)
 
 
@@ -106,10 +106,7 @@ def combine(pieces: list[Piece], option: TimeOption) -> tuple[np.ndarray, TimeUn
     if pieces[0].unit is not None:
         return _combine_known(pieces)
     decimal = any(piece.values.dtype == np.float64 for piece in pieces)
-    if option == "auto":
-        unit = _detected(pieces)
-    else:
-        unit = "s" if option == "iso" else option
+    unit = _detected(pieces) if option == "auto" or option == "iso" else option
     values = _concatenated(pieces, np.dtype(np.float64 if decimal else np.int64))
     if not decimal:
         return values, unit
@@ -166,6 +163,8 @@ def _parsed_text(
                 return kind, values.to_numpy(zero_copy_only=False), None
             return kind, _int64(values), values.type.unit
     row = max(_first_unparsed(text, arrow_type) for _, arrow_type in _TEXT_KINDS)
+    if not column[row].as_py().strip():
+        raise BadRow(row, name, "no time; fill it in, or pass --drop-missing (drop_missing)")
     like = " like those before it" if row else ""
     raise BadRow(row, name, f"{_shown(column, row)!r} is not a time{like}; {_WANTED}")
 

@@ -52,7 +52,7 @@ def check_name(name: str) -> str:
     return name
 
 
-def dataset_dir(name: str, root: Path | str | None = None) -> Path:
+def dataset_dir(name: str, root: str | os.PathLike[str] | None = None) -> Path:
     """Folder of the data set `name` under `root` (default `data_dir()`).
 
     Raises:
@@ -61,7 +61,7 @@ def dataset_dir(name: str, root: Path | str | None = None) -> Path:
     return (data_dir() if root is None else Path(root).expanduser().absolute()) / check_name(name)
 
 
-def dataset_names(root: Path | str | None = None) -> list[str]:
+def dataset_names(root: str | os.PathLike[str] | None = None) -> list[str]:
     """Names of the sets under `root` (default `data_dir()`), sorted.
 
     A folder counts as a set when it holds a manifest; hidden folders are sets in the making.

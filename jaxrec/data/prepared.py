@@ -13,30 +13,36 @@ A set is a folder:
 """
 
 import difflib
-import hashlib
 import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from jaxrec.data._ids import Id, IdIndex, as_id_array
+from jaxrec.data._manifest import (
+    FORMAT,
+    SCHEMA_VERSION,
+    TICKS_PER_SECOND,
+    TimeUnit,
+    check_file,
+    content_hash,
+    file_records,
+    ids_digest,
+    jaxrec_version,
+    read_manifest,
+)
 from jaxrec.data._order import stable_order
-from jaxrec.data._store import check_free, new_folder, sha256_file
+from jaxrec.data._store import check_free, new_folder
 from jaxrec.data.paths import MANIFEST, check_name, data_dir, dataset_dir, dataset_names
 from jaxrec.errors import UserError
 
-SCHEMA_VERSION = 1
-TimeUnit = Literal["s", "ms", "us", "ns"]
-TICKS_PER_SECOND: dict[str, int] = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
-
-_FORMAT = "jaxrec prepared data set"
 _COLUMNS: dict[str, np.dtype] = {
     "offsets": np.dtype(np.int64),
     "items": np.dtype(np.int32),
@@ -272,15 +278,14 @@ def write_prepared(
     if time_unit not in TICKS_PER_SECOND:
         raise ValueError(f"time_unit must be one of {list(TICKS_PER_SECOND)}, not {time_unit!r}")
 
-    order = stable_order(users, timestamps, len(user_array))
-    columns: dict[str, np.ndarray] = {"offsets": _offsets(users, len(user_array))}
+    order = stable_order(users, timestamps)
     with new_folder(target, overwrite=overwrite) as folder:
+        np.save(folder / "offsets.npy", _offsets(users, len(user_array)), allow_pickle=False)
         for column, values in (("items", items), ("timestamps", timestamps), ("ratings", ratings)):
             if values is not None:
                 sorted_values = values if order is None else values[order]
-                columns[column] = sorted_values.astype(_COLUMNS[column], copy=False)
-                np.save(folder / f"{column}.npy", columns.pop(column), allow_pickle=False)
-        np.save(folder / "offsets.npy", columns["offsets"], allow_pickle=False)
+                typed = sorted_values.astype(_COLUMNS[column], copy=False)
+                np.save(folder / f"{column}.npy", typed, allow_pickle=False)
         if item_vectors is not None:
             vectors = _checked_vectors(item_vectors, len(item_array))
             np.save(folder / "item_vectors.npy", vectors, allow_pickle=False)
@@ -289,23 +294,23 @@ def write_prepared(
         )
         pq.write_table(table, folder / "items.parquet", compression="zstd")
         manifest = {
-            "format": _FORMAT,
+            "format": FORMAT,
             "schema_version": SCHEMA_VERSION,
-            "jaxrec_version": _jaxrec_version(),
+            "jaxrec_version": jaxrec_version(),
             "name": name,
             "counts": {"users": len(user_array), "items": len(item_array), "events": len(items)},
             "time_unit": None if timestamps is None else time_unit,
             "has_ratings": ratings is not None,
             "ids": {
-                "user": {"type": str(user_array.type), "sha256": _ids_digest(user_array)},
-                "item": {"type": str(item_array.type), "sha256": _ids_digest(item_array)},
+                "user": {"type": str(user_array.type), "sha256": ids_digest(user_array)},
+                "item": {"type": str(item_array.type), "sha256": ids_digest(item_array)},
             },
             "tie_order": tie_order,
             "source": dict(source),
             "options": dict(options or {}),
-            "files": _file_records(folder),
+            "files": file_records(folder),
         }
-        manifest["hash"] = _content_hash(manifest)
+        manifest["hash"] = content_hash(manifest)
         text = json.dumps(manifest, indent=2, ensure_ascii=False, allow_nan=False)
         (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
     return open_prepared(target)
@@ -329,10 +334,10 @@ def open_prepared(
             written by a newer jaxrec.
     """
     path = _locate(name_or_path, root)
-    manifest = _read_manifest(path)
+    manifest = read_manifest(path)
     events, users = manifest["counts"]["events"], manifest["counts"]["users"]
     for file, record in manifest["files"].items():
-        _check_file(path / file, record, verify=verify)
+        check_file(path / file, record, verify=verify)
     offsets = _load_column(path, "offsets", (users + 1,))
     if offsets[0] != 0 or offsets[-1] != events or bool(np.any(np.diff(offsets) < 0)):
         raise UserError(f"{path / 'offsets.npy'}: the offsets are not valid; import the set again")
@@ -348,12 +353,6 @@ def open_prepared(
     if verify:
         _verify(interactions)
     return interactions
-
-
-def _jaxrec_version() -> str:
-    import jaxrec
-
-    return jaxrec.__version__
 
 
 def _check_events(
@@ -411,37 +410,6 @@ def _offsets(users: np.ndarray, num_users: int) -> np.ndarray:
     return offsets
 
 
-def _ids_digest(ids: pa.Array) -> str:
-    """SHA-256 of the ids themselves, whatever file format holds them."""
-    digest = hashlib.sha256(str(ids.type).encode())
-    if pa.types.is_integer(ids.type):
-        digest.update(np.ascontiguousarray(ids.to_numpy(), "<i8").tobytes())
-    else:
-        for start in range(0, len(ids), 1 << 16):
-            for text in ids.slice(start, 1 << 16).to_pylist():
-                encoded = text.encode()
-                digest.update(len(encoded).to_bytes(4, "little") + encoded)
-    return digest.hexdigest()
-
-
-def _file_records(folder: Path) -> dict[str, dict[str, Any]]:
-    return {
-        file.name: {"bytes": file.stat().st_size, "sha256": sha256_file(file)}
-        for file in sorted(folder.iterdir())
-    }
-
-
-def _content_hash(manifest: Mapping[str, Any]) -> str:
-    parts = [
-        f"{file} {record['sha256']}"
-        for file, record in sorted(manifest["files"].items())
-        if file.endswith(".npy")
-    ]
-    parts += [f"{kind} {manifest['ids'][kind]['sha256']}" for kind in ("user", "item")]
-    parts.append(f"time_unit {manifest['time_unit']}")
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
-
-
 def _locate(name_or_path: str | Path, root: Path | str | None) -> Path:
     text = os.fspath(name_or_path)
     if isinstance(name_or_path, Path) or "/" in text or os.sep in text:
@@ -461,54 +429,6 @@ def _locate(name_or_path: str | Path, root: Path | str | None) -> Path:
             f"`jaxrec data generate --name {text}`"
         )
     return path
-
-
-def _read_manifest(path: Path) -> dict[str, Any]:
-    file = path / MANIFEST
-    try:
-        manifest = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file}: cannot be read ({error}); import the set again") from None
-    if not isinstance(manifest, dict) or manifest.get("format") != _FORMAT:
-        raise UserError(f"{file}: not the manifest of a prepared data set")
-    version = manifest.get("schema_version")
-    if not isinstance(version, int) or version > SCHEMA_VERSION:
-        raise UserError(
-            f"{file}: schema version {version} is newer than this jaxrec's {SCHEMA_VERSION} "
-            f"(written by jaxrec {manifest.get('jaxrec_version')}); upgrade jaxrec, or import again"
-        )
-    try:
-        complete = (
-            all(isinstance(manifest["counts"][key], int) for key in ("users", "items", "events"))
-            and isinstance(manifest["name"], str)
-            and isinstance(manifest["hash"], str)
-            and manifest["time_unit"] in (None, *TICKS_PER_SECOND)
-            and isinstance(manifest["has_ratings"], bool)
-            and all(
-                isinstance(record["bytes"], int) and isinstance(record["sha256"], str)
-                for record in manifest["files"].values()
-            )
-        )
-    except (KeyError, TypeError, AttributeError):
-        complete = False
-    if not complete:
-        raise UserError(f"{file}: entries are missing or of the wrong type; import the set again")
-    return manifest
-
-
-def _check_file(file: Path, record: Mapping[str, Any], *, verify: bool) -> None:
-    try:
-        size = file.stat().st_size
-    except OSError:
-        raise UserError(f"{file}: the file is missing; import the set again") from None
-    if size != record["bytes"]:
-        what = "truncated" if size < record["bytes"] else "altered"
-        raise UserError(
-            f"{file}: {what}, {size:,} bytes where the manifest says {record['bytes']:,}; "
-            "import the set again"
-        )
-    if verify and sha256_file(file) != record["sha256"]:
-        raise UserError(f"{file}: altered, its hash is not the manifest's; import the set again")
 
 
 def _load_column(path: Path, column: str, shape: tuple[int, ...] | None) -> np.ndarray:
@@ -544,7 +464,7 @@ def _read_table(path: Path, file: str, rows: int) -> pa.Table:
 
 def _verify(interactions: Interactions) -> None:
     path, manifest = interactions.path, interactions.manifest
-    if _content_hash(manifest) != manifest["hash"]:
+    if content_hash(manifest) != manifest["hash"]:
         raise UserError(f"{path / MANIFEST}: altered, its hashes disagree; import the set again")
     items = interactions.items
     if int(items.min()) < 0 or int(items.max()) >= interactions.num_items:

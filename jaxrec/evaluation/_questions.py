@@ -107,7 +107,9 @@ def count_seen(lists: NDArray[np.integer], questions: Questions, items: NDArray[
     """How many slots of the lists name an item of the list's own history."""
     total = 0
     for block in histories(questions.starts, questions.stops):
-        total += int(_member(lists[block.rows], block.owners, items[block.events]).sum())
+        owner, slot = np.nonzero(lists[block.rows] >= 0)
+        named = lists[block.rows][owner, slot]
+        total += _count_found(owner, named, block.owners, items[block.events])
     return total
 
 
@@ -117,17 +119,31 @@ def count_repeats(questions: Questions, items: NDArray[np.int32]) -> int:
     offsets, relevant = questions.relevant_sets
     for block in histories(questions.starts, questions.stops):
         bounds = offsets[block.rows.start : block.rows.stop + 1]
-        keys = np.repeat(np.arange(len(bounds) - 1), np.diff(bounds))
+        owner = np.repeat(np.arange(len(bounds) - 1), np.diff(bounds))
         wanted = relevant[bounds[0] : bounds[-1]]
-        width = int(max(wanted.max(initial=0), items[block.events].max(initial=0))) + 1
-        seen = block.owners * width + items[block.events]
-        total += int(np.isin(np.unique(keys * width + wanted), seen).sum())
+        total += _count_found(owner, wanted, block.owners, items[block.events], once=True)
     return total
 
 
-def _member(
-    lists: NDArray[np.integer], owners: NDArray[np.int64], items: NDArray[np.int32]
-) -> NDArray[np.bool_]:
-    width = int(max(lists.max(initial=0), items.max(initial=0))) + 1
-    keys = np.arange(len(lists))[:, None] * width + lists
-    return (lists >= 0) & np.isin(keys, owners * width + items)
+def _count_found(
+    owner: NDArray[np.integer],
+    item: NDArray[np.integer],
+    history_owner: NDArray[np.int64],
+    history_item: NDArray[np.int32],
+    *,
+    once: bool = False,
+) -> int:
+    """How many pairs (owner, item) occur among the pairs of the histories.
+
+    The few pairs are sorted and the many looked up among them: histories are long and come in
+    order of owner, so that the look-ups stay near each other.
+    """
+    if not item.size or not history_item.size:
+        return 0
+    width = int(max(item.max(), history_item.max())) + 1
+    pairs, times = np.unique(owner * width + item, return_counts=True)
+    looked_up = history_owner * width + history_item
+    place = np.minimum(np.searchsorted(pairs, looked_up), pairs.size - 1)
+    found = np.zeros(pairs.size, bool)
+    found[place[pairs[place] == looked_up]] = True
+    return int(found.sum() if once else times[found].sum())

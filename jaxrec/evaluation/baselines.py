@@ -316,7 +316,9 @@ def _first_not_in(
     taken = np.bincount(owners, minlength=rows)
     at = place[items].astype(np.int64)
     near = at < k + taken[owners]
-    owner, at = np.divmod(np.unique(owners[near] * size + at[near]), size)
+    pairs = np.sort(owners[near] * size + at[near])
+    # A plain sort and a comparison: several times faster than np.unique on millions of integers.
+    owner, at = np.divmod(pairs[np.append(True, pairs[1:] != pairs[:-1])[: pairs.size]], size)
     begin = np.searchsorted(owner, np.arange(rows))
     free_before = at - (np.arange(at.size) - begin[owner])
     width = max(size, k) + 1

@@ -9,7 +9,7 @@ Two forms, each as CSV, TSV (either with .gz) or Parquet, with a header and in o
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -223,9 +223,7 @@ def evaluate_ranked(
         notes.append(f"{others} users of the file have no target and are left out")
     if result.seen_listed:
         notes.append(f"{result.seen_listed} listed items stand in the history of their user")
-    return Evaluation(
-        result.metrics, result.per_list, result.users, result.seen_listed, tuple(notes)
-    )
+    return replace(result, notes=tuple(notes))
 
 
 def _indices(column: Column, interactions: Interactions, what: str) -> NDArray[np.int32]:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
+_SAME_WITH_ONE_TARGET = ("recall", "precision", "map")
 _HEADINGS = {"popularity": "popularity", "most_recent": "most recent"}
 
 
@@ -77,14 +78,15 @@ def compare(
       `Report`. Coverage is a property of all lists together and has no interval.
 
     Raises:
-      UserError: a baseline on other lists than the model's, or bad bootstrap options.
+      UserError: a baseline on other lists or without some of the model's metrics, or bad
+        bootstrap options.
 
     Cost: that of the intervals, for each metric of each system.
 
     Source: as in `bootstrap`.
 
     >>> lists = {"hr@1": np.array([1.0, 1.0])}
-    >>> one = Evaluation({"hr@1": 1.0}, lists, np.array([0, 1]))
+    >>> one = Evaluation({"hr@1": 1.0}, lists, np.array([0, 1]), 2)
     >>> compare(one, {"popularity": one}, {}).intervals["popularity"]["hr@1"]
     Interval(mean=1.0, low=1.0, high=1.0)
     """
@@ -94,6 +96,9 @@ def compare(
                 f"{baseline} was evaluated on {len(evaluation.users)} lists of other users than "
                 f"the {len(model.users)} of {name}: evaluate both on the same part"
             )
+        absent = [key for key in model if key not in evaluation]
+        if absent:
+            raise UserError(f"{baseline} was not evaluated for {', '.join(absent)}")
     several = model.num_users < len(model.users)
     options: dict[str, Any] = {
         "level": level,
@@ -110,7 +115,6 @@ def compare(
         system: {
             key: paired_difference(values, evaluation.per_list[key], **options)
             for key, values in model.per_list.items()
-            if key in evaluation.per_list
         }
         for system, evaluation in baselines.items()
     }
@@ -133,9 +137,9 @@ def as_json(report: Report) -> dict[str, Any]:
 
     The model's metrics stand at the top level ("hr@10", "ndcg@10", "coverage@10", ...), those of
     each baseline under its name ("popularity", "most_recent"). Beside them: "model" (the name),
-    "users", "lists", "protocol", "intervals" (metric to [low, high]), "baseline_intervals"
-    (baseline to the same), "differences" (baseline to metric to mean, low, high, p_value of model
-    minus baseline), "interval_method", "seen_listed" and "notes".
+    "users", "lists", "targets", "protocol", "intervals" (metric to [low, high]),
+    "baseline_intervals" (baseline to the same), "differences" (baseline to metric to mean, low,
+    high, p_value of model minus baseline), "interval_method", "seen_listed" and "notes".
 
     Args:
       report: from `compare`.
@@ -146,7 +150,7 @@ def as_json(report: Report) -> dict[str, Any]:
     Source: the interface of `jaxrec evaluate --json`.
 
     >>> lists = {"hr@1": np.array([1.0, 0.0])}
-    >>> one = Evaluation({"hr@1": 0.5}, lists, np.array([0, 1]))
+    >>> one = Evaluation({"hr@1": 0.5}, lists, np.array([0, 1]), 2)
     >>> result = as_json(compare(one, {"popularity": one}, {}))
     >>> result["hr@1"], result["popularity"]["hr@1"], result["users"]
     (0.5, 0.5, 2)
@@ -160,6 +164,7 @@ def as_json(report: Report) -> dict[str, Any]:
         "model": report.name,
         "users": report.model.num_users,
         "lists": len(report.model.users),
+        "targets": report.model.num_targets,
         "protocol": dict(report.protocol),
         "intervals": _ends(report.intervals["model"]),
         "baseline_intervals": {
@@ -194,7 +199,7 @@ def json_line(report: Report) -> str:
 
     Source: RFC 8259.
 
-    >>> one = Evaluation({"hr@1": 0.5}, {"hr@1": np.array([1.0, 0.0])}, np.array([0, 1]))
+    >>> one = Evaluation({"hr@1": 0.5}, {"hr@1": np.array([1.0, 0.0])}, np.array([0, 1]), 2)
     >>> json_line(compare(one, {}, {}))[:12]
     '{"hr@1": 0.5'
     """
@@ -206,7 +211,8 @@ def as_table(report: Report, *, metrics: Sequence[str] | None = None) -> "Table"
 
     Args:
       report: from `compare`.
-      metrics: the rows, such as `["hr@10", "ndcg@10"]`; all by default.
+      metrics: the rows, such as `["hr@10", "ndcg@10"]`; by default all but, where each list has
+        one target, those that repeat others (recall is hr, map is mrr, precision is hr / k).
 
     Returns:
       A `rich.table.Table`, at most 80 columns wide with two baselines.
@@ -214,7 +220,7 @@ def as_table(report: Report, *, metrics: Sequence[str] | None = None) -> "Table"
     Raises:
       UserError: a metric that was not evaluated.
 
-    >>> one = Evaluation({"hr@1": 0.5}, {"hr@1": np.array([1.0, 0.0])}, np.array([0, 1]))
+    >>> one = Evaluation({"hr@1": 0.5}, {"hr@1": np.array([1.0, 0.0])}, np.array([0, 1]), 2)
     >>> as_table(compare(one, {"popularity": one}, {})).row_count
     1
     """
@@ -223,14 +229,14 @@ def as_table(report: Report, *, metrics: Sequence[str] | None = None) -> "Table"
     from rich.markup import escape
     from rich.table import Table
 
-    rows = list(report.model) if metrics is None else list(metrics)
+    rows = _rows(report.model) if metrics is None else list(metrics)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=_title(report), title_justify="left")
     table.add_column("metric", no_wrap=True)
     table.add_column(escape(report.name), justify="right", style="bold", overflow="fold")
     table.add_column(f"{100 * report.level:g} % interval", justify="center", no_wrap=True)
     for system in report.baselines:
         table.add_column(_HEADINGS.get(system, escape(system)), justify="right", no_wrap=True)
-    for key in rows:
+    for key, following in zip(rows, [*rows[1:], None], strict=True):
         if key not in report.model:
             raise UserError(f"{key} was not evaluated, there is {', '.join(report.model)}")
         interval = report.intervals["model"].get(key)
@@ -239,6 +245,7 @@ def as_table(report: Report, *, metrics: Sequence[str] | None = None) -> "Table"
             f"{report.model[key]:.4f}",
             "" if interval is None else f"{interval.low:.4f} – {interval.high:.4f}",
             *(f"{evaluation[key]:.4f}" for evaluation in report.baselines.values()),
+            end_section=following is not None and _cut_off(following) != _cut_off(key),
         )
     return table
 
@@ -251,12 +258,12 @@ def print_report(
     Args:
       report: from `compare`.
       console: where to; standard output by default.
-      metrics: rows of the table, all by default.
+      metrics: rows of the table, as in `as_table`.
 
     Raises:
       UserError: as `as_table`.
 
-    >>> one = Evaluation({"ndcg@1": 0.5}, {"ndcg@1": np.array([1.0, 0.0])}, np.array([0, 1]))
+    >>> one = Evaluation({"ndcg@1": 0.5}, {"ndcg@1": np.array([1.0, 0.0])}, np.array([0, 1]), 2)
     >>> import io
     >>> from rich.console import Console
     >>> out = Console(file=io.StringIO(), width=80)
@@ -269,7 +276,7 @@ def print_report(
     out = console or Console()
     out.print(as_table(report, metrics=metrics))
     for line in summary(report):
-        out.print(line, highlight=False, markup=False)
+        out.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def summary(report: Report) -> list[str]:
@@ -281,7 +288,7 @@ def summary(report: Report) -> list[str]:
     Returns:
       Lines of plain text.
 
-    >>> one = Evaluation({"ndcg@1": 0.5}, {"ndcg@1": np.array([1.0, 0.0])}, np.array([0, 1]))
+    >>> one = Evaluation({"ndcg@1": 0.5}, {"ndcg@1": np.array([1.0, 0.0])}, np.array([0, 1]), 2)
     >>> summary(compare(one, {"popularity": one}, {}))[0]
     'ndcg@1, model minus popularity: +0.0000 [+0.0000, +0.0000], which does not tell them apart'
     """
@@ -319,6 +326,16 @@ def summary(report: Report) -> list[str]:
     return lines
 
 
+def _rows(evaluation: Evaluation) -> list[str]:
+    if evaluation.num_targets != len(evaluation.users):
+        return list(evaluation)
+    return [key for key in evaluation if key.split("@")[0] not in _SAME_WITH_ONE_TARGET]
+
+
+def _cut_off(key: str) -> str:
+    return key.split("@")[-1]
+
+
 def _title(report: Report) -> str:
     lists, users = len(report.model.users), report.model.num_users
     counted = f"{users:,} users" + ("" if lists == users else f", {lists:,} lists")
@@ -328,7 +345,7 @@ def _title(report: Report) -> str:
 
 def _headline(evaluation: Evaluation) -> str | None:
     """ndcg at the cut-off nearest to the customary 10."""
-    cuts = [int(key.split("@")[1]) for key in evaluation.per_list if key.startswith("ndcg@")]
+    cuts = [int(_cut_off(key)) for key in evaluation.per_list if key.startswith("ndcg@")]
     return f"ndcg@{min(cuts, key=lambda k: (abs(k - 10), k))}" if cuts else None
 
 

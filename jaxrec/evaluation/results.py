@@ -28,6 +28,7 @@ class Evaluation(Mapping[str, float]):
       metrics: `{"hr@10": ..., ...}` as `metrics.ranking_metrics` gives them.
       per_list: `{"hr@10": float64[m], ...}`, the values behind each mean.
       users: int[m], the user index of each list; a user with several targets has several lists.
+      num_targets: relevant items in all; as many as lists where each has one.
       seen_listed: how many listed items stand in the history of their list.
       notes: what a reader of the numbers must know, one line each.
     """
@@ -35,6 +36,7 @@ class Evaluation(Mapping[str, float]):
     metrics: Mapping[str, float]
     per_list: Mapping[str, NDArray[np.float64]]
     users: NDArray[np.integer]
+    num_targets: int
     seen_listed: int = 0
     notes: tuple[str, ...] = ()
 
@@ -103,7 +105,8 @@ def evaluate_lists(
         metrics |= {key: float(v.mean()) for key, v in values.items() if key.endswith(f"@{k}")}
         metrics[f"coverage@{k}"] = coverage(ranked, interactions.num_items, k)
     seen = count_seen(ranked[:, : max(ks)], questions, interactions.items)
-    return Evaluation(metrics, values, questions.users, seen, tuple(notes))
+    asked = len(questions.relevant_sets.values)
+    return Evaluation(metrics, values, questions.users, asked, seen, tuple(notes))
 
 
 def describe_protocol(

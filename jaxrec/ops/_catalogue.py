@@ -29,7 +29,7 @@ def check_matrices(op: str, hidden: Any, item_table: Any) -> None:
             f"{item_table.dtype}; cast one of them"
         )
     if item_table.shape[0] == 0:
-        raise ValueError(f"{op}: item_table must have at least one item, got {item_table.shape}")
+        raise ValueError(f"{op}: item_table must hold at least one item, got {item_table.shape}")
 
 
 def check_float(op: str, name: str, array: Any) -> None:
@@ -53,10 +53,10 @@ def check_shape(op: str, name: str, array: Any, want: tuple[int, ...]) -> None:
 
 
 class Rows(NamedTuple):
-    """One block of rows, and which of them no earlier block held.
+    """One block of consecutive rows, and which of them no earlier block held.
 
     All blocks have one size, so the last one begins early and repeats rows where the size does
-    not divide the count; `fresh` is False there.
+    not divide the count; `fresh` is False there. This needs no padded copy of the array.
     """
 
     start: jax.Array
@@ -67,7 +67,7 @@ class Rows(NamedTuple):
         return lax.dynamic_slice_in_dim(array, self.start, self.size)
 
     def take_fresh(self, array: jax.Array) -> jax.Array:
-        """The block's rows, with zeros in the repeated ones, so that sums count a row once."""
+        """The block's rows, zeros in the repeated ones: sums then count every row once."""
         block = self.take(array)
         mask = self.fresh.reshape((self.size,) + (1,) * (block.ndim - 1))
         return jnp.where(mask, block, jnp.zeros((), block.dtype))
@@ -79,6 +79,16 @@ class Rows(NamedTuple):
         return self.put(array, self.take(array) + block)
 
 
+def balanced(count: int, largest: int, multiple: int = 8) -> int:
+    """Size of equal blocks, none above `largest`, so that the last one repeats few rows.
+
+    >>> balanced(1000, 512), balanced(12800, 512), balanced(7, 512)
+    (504, 512, 7)
+    """
+    blocks = -(-count // largest)
+    return min(count, -(-count // (blocks * multiple)) * multiple)
+
+
 def over_rows(count: int, size: int, body: Callable[[Rows, Carry], Carry], carry: Carry) -> Carry:
     """Runs `body` on every block of `size` rows out of `count`, in order."""
     size = min(size, count)
@@ -87,8 +97,8 @@ def over_rows(count: int, size: int, body: Callable[[Rows, Carry], Carry], carry
     def step(index: jax.Array, carry: Carry) -> Carry:
         begin = index * size
         start = jnp.minimum(begin, count - size)
-        return body(Rows(start, size, start + jnp.arange(size) >= begin), carry)
+        return body(Rows(start, size, start + jnp.arange(size, dtype=jnp.int32) >= begin), carry)
 
     if blocks == 1:
         return step(jnp.zeros((), jnp.int32), carry)
-    return lax.fori_loop(0, blocks, step, carry)
+    return lax.fori_loop(jnp.int32(0), jnp.int32(blocks), step, carry)

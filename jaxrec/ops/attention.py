@@ -2,18 +2,16 @@
 
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxrec.ops import _attention_dropout as _dropout
+from jaxrec.ops._attention_core import Inputs, Options, attend
+from jaxrec.ops._attention_dropout import dropout_seeds
 from jaxrec.ops._checks import (
     check_dropout,
     check_int_rows,
     check_qkv,
     check_scale,
     check_valid,
-    statistics_dtype,
 )
 from jaxrec.ops._dispatch import choose
 
@@ -40,42 +38,6 @@ def causal_attention(
     scale = check_scale(op, scale, query.shape[3])
     rate = check_dropout(op, dropout_rate, dropout_key)
     choose(op, implementation, _NO_KERNEL)
-
-    batch, length, heads, _ = query.shape
-    stat = statistics_dtype(query.dtype)
-    if valid is not None:
-        query, key, value = (
-            jnp.where(valid[:, :, None, None], x, jnp.zeros((), x.dtype))
-            for x in (query, key, value)
-        )
-    index = jnp.arange(length)
-    mask = (index[None, :] <= index[:, None])[None]
-    if valid is not None:
-        mask = mask & valid[:, None, :] & valid[:, :, None]
-    if segment_ids is not None:
-        mask = mask & (segment_ids[:, :, None] == segment_ids[:, None, :])
-    logits = jnp.einsum("bihd,bjhd->bhij", query, key, preferred_element_type=stat)
-    logits = jnp.where(mask[:, None], logits * jnp.asarray(scale, stat), -jnp.inf)
-    top = jnp.max(logits, axis=-1, keepdims=True, initial=-jnp.inf)
-    top = jax.lax.stop_gradient(jnp.where(jnp.isfinite(top), top, jnp.zeros((), stat)))
-    weights = jnp.exp(logits - top)
-    total = jnp.sum(weights, axis=-1, keepdims=True)
-    weights = weights / jnp.where(total > 0, total, jnp.ones((), stat))
-    if rate > 0.0:
-        keep = _dropout.keep_mask(
-            _dropout.dropout_seeds(dropout_key),
-            rate,
-            batch=batch,
-            heads=heads,
-            length=length,
-            rows=index,
-            cols=index,
-        )
-        weights = jnp.where(keep, weights / jnp.asarray(1.0 - rate, stat), jnp.zeros((), stat))
-    out = jnp.einsum(
-        "bhij,bjhe->bihe",
-        weights.astype(value.dtype),
-        value,
-        preferred_element_type=statistics_dtype(value.dtype),
-    )
-    return out.astype(value.dtype)
+    seeds = dropout_seeds(dropout_key) if rate else None
+    inputs = Inputs(query, key, value, valid, segment_ids, seeds)
+    return attend(Options(scale, rate), inputs)

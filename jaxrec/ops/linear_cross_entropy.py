@@ -5,23 +5,78 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxrec.ops import _catalogue, _dispatch, _manual_axes
+from jaxrec.ops import _catalogue, _catalogue_loss, _dispatch, _manual_axes
+from jaxrec.ops._catalogue_loss import Blocks, Gradients, Problem
 
 _NO_KERNEL = "there is no Pallas kernel of this op yet"
+
+# Logits that one block may hold, and the largest and smallest number of positions in one.
+BLOCK_LOGITS = 1 << 24
+BLOCK_POSITIONS = 512
+LEAST_POSITIONS = 128
+BLOCK_ITEMS = 4096
 
 
 class _Options(NamedTuple):
     smoothing: float
-    positions: int
-    items: int
+    blocks: Blocks
 
 
-def _dot(a: jax.Array, b: jax.Array, contract: tuple[int, int]) -> jax.Array:
-    dims = (((contract[0],), (contract[1],)), ((), ()))
-    return lax.dot_general(a, b, dims, preferred_element_type=jnp.float32)
+def _two_pass_blocks(positions: int, items: int) -> Blocks:
+    return Blocks(
+        _catalogue.balanced(positions, BLOCK_POSITIONS), _catalogue.balanced(items, BLOCK_ITEMS)
+    )
+
+
+def _one_pass_block(positions: int, items: int) -> int | None:
+    """Positions in a block that sees all items at once; None if there are too many items."""
+    affordable = min(BLOCK_LOGITS // items, BLOCK_POSITIONS)
+    if affordable < min(LEAST_POSITIONS, positions):
+        return None
+    return _catalogue.balanced(positions, affordable)
+
+
+class _Arguments(NamedTuple):
+    hidden: jax.Array
+    item_table: jax.Array
+    bias: jax.Array | None
+    labels: jax.Array
+    valid: jax.Array
+
+
+def _arguments(
+    op: str,
+    hidden: Any,
+    item_table: Any,
+    labels: Any,
+    bias: Any,
+    valid: Any,
+    label_smoothing: float,
+    implementation: str | None,
+) -> _Arguments:
+    """Checked arguments of both functions."""
+    hidden, item_table, labels = map(jnp.asarray, (hidden, item_table, labels))
+    _catalogue.check_matrices(op, hidden, item_table)
+    positions, items = hidden.shape[0], item_table.shape[0]
+    _catalogue.check_integer(op, "labels", labels)
+    _catalogue.check_shape(op, "labels", labels, (positions,))
+    if bias is not None:
+        bias = jnp.asarray(bias)
+        _catalogue.check_float(op, "bias", bias)
+        _catalogue.check_shape(op, "bias", bias, (items,))
+    if valid is None:
+        valid = jnp.ones((positions,), bool)
+    valid = jnp.asarray(valid)
+    _catalogue.check_bool(op, "valid", valid)
+    _catalogue.check_shape(op, "valid", valid, (positions,))
+    if not isinstance(label_smoothing, int | float) or not 0 <= label_smoothing <= 1:
+        raise ValueError(
+            f"{op}: label_smoothing must be a Python number in 0..1, got {label_smoothing!r}"
+        )
+    _dispatch.choose(op, implementation, _NO_KERNEL)
+    return _Arguments(hidden, item_table, bias, labels, valid)
 
 
 def linear_cross_entropy(
@@ -34,126 +89,61 @@ def linear_cross_entropy(
     label_smoothing: float = 0.0,
     implementation: _dispatch.Implementation | None = None,
 ) -> Float[Array, " positions"]:
-    """Cross-entropy of each position against all items."""
-    hidden, item_table, labels = map(jnp.asarray, (hidden, item_table, labels))
-    op = "linear_cross_entropy"
-    _catalogue.check_matrices(op, hidden, item_table)
-    _dispatch.choose(op, implementation, _NO_KERNEL)
-    if hidden.shape[0] == 0:
-        return jnp.zeros((0,), jnp.float32)
-    if valid is None:
-        valid = jnp.ones(labels.shape, bool)
-    options = _Options(float(label_smoothing), 512, 8192)
-    hidden, item_table, bias, labels, valid = _manual_axes.vary_together(
-        hidden, item_table, bias, labels, valid
+    """TODO"""
+    arguments = _arguments(
+        "linear_cross_entropy",
+        hidden,
+        item_table,
+        labels,
+        bias,
+        valid,
+        label_smoothing,
+        implementation,
     )
-    return _losses(options, hidden, item_table, bias, labels, valid)
+    if arguments.labels.shape[0] == 0:
+        return jnp.zeros((0,), jnp.float32)
+    return _per_position(arguments, float(label_smoothing))
+
+
+def _per_position(arguments: _Arguments, smoothing: float) -> jax.Array:
+    blocks = _two_pass_blocks(arguments.hidden.shape[0], arguments.item_table.shape[0])
+    return _losses(_Options(smoothing, blocks), *_manual_axes.vary_together(*arguments))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _losses(options, hidden, table, bias, labels, valid):
-    return _forward(options, hidden, table, bias, labels, valid)[0]
+def _losses(options: _Options, *arguments: Any) -> jax.Array:
+    return _losses_forward(options, *arguments)[0]
 
 
-def _clean(hidden, table, labels, valid):
-    inside = (labels >= 0) & (labels < table.shape[0])
-    safe = jnp.where(valid & inside, labels, 0).astype(jnp.int32)
-    return jnp.where(valid[:, None], hidden, jnp.zeros((), hidden.dtype)), safe, inside
+def _losses_forward(options: _Options, *arguments: Any) -> tuple[jax.Array, Any]:
+    problem = _catalogue_loss.clean(*arguments)
+    lse = _catalogue_loss.log_sum_exp(problem, options.blocks)
+    return _catalogue_loss.losses(problem, lse, options.smoothing), (arguments, lse)
 
 
-def _block_logits(h, table_rows, bias_rows):
-    logits = _dot(h, table_rows, (1, 1))
-    return logits if bias_rows is None else logits + bias_rows.astype(jnp.float32)[None, :]
+def _losses_backward(options: _Options, residuals: Any, g: jax.Array) -> tuple[Any, ...]:
+    arguments, lse = residuals
+    problem = _catalogue_loss.clean(*arguments)
+    g = jnp.where(problem.valid, g, jnp.float32(0))
+    grads = _catalogue_loss.gradients(problem, lse, g, options.smoothing, options.blocks)
+    return _cotangents(_Arguments(*arguments), grads, jnp.float32(1))
 
 
-def _log_sum_exp(options, hidden, table, bias):
-    def positions(rows, lse):
-        h = rows.take(hidden)
-
-        def items(columns, carry):
-            top, total = carry
-            logits = _block_logits(
-                h, columns.take(table), None if bias is None else columns.take(bias)
-            )
-            new = jnp.maximum(top, logits.max(1))
-            shift = jnp.where(new == -jnp.inf, jnp.zeros_like(new), new)
-            weights = jnp.where(columns.fresh[None], jnp.exp(logits - shift[:, None]), 0.0)
-            return new, total * jnp.exp(top - shift) + weights.sum(1)
-
-        zero = jnp.zeros_like(rows.take(lse))
-        top, total = _catalogue.over_rows(
-            table.shape[0], options.items, items, (zero - jnp.inf, zero)
-        )
-        return rows.put(lse, top + jnp.log(total))
-
-    empty = jnp.zeros_like(hidden[:, 0], dtype=jnp.float32)
-    return _catalogue.over_rows(hidden.shape[0], options.positions, positions, empty)
-
-
-def _forward(options, hidden, table, bias, labels, valid):
-    clean, safe, inside = _clean(hidden, table, labels, valid)
-    lse = _log_sum_exp(options, clean, table, bias)
-    lse = jnp.where(inside | ~valid, lse, jnp.nan)
-    h32 = clean.astype(jnp.float32)
-    logit = (h32 * table[safe].astype(jnp.float32)).sum(1)
-    mean = h32 @ table.astype(jnp.float32).mean(0)
-    if bias is not None:
-        logit = logit + bias[safe].astype(jnp.float32)
-        mean = mean + bias.astype(jnp.float32).mean()
-    eps = options.smoothing
-    losses = jnp.where(valid, lse - (1 - eps) * logit - eps * mean, 0.0)
-    return losses, (hidden, table, bias, labels, valid, lse)
-
-
-def _backward(options, residuals, g):
-    hidden, table, bias, labels, valid, lse = residuals
-    clean, safe, _ = _clean(hidden, table, labels, valid)
-    g = jnp.where(valid, g, 0.0)
-    h32 = clean.astype(jnp.float32)
-    eps, count = options.smoothing, table.shape[0]
-
-    def items(columns, carry):
-        d_hidden, d_table, d_bias = carry
-        e = columns.take(table)
-        e_fresh = columns.take_fresh(table)
-        b = None if bias is None else columns.take(bias)
-
-        def positions(rows, inner):
-            d_hidden, d_e, d_b = inner
-            probs = jnp.exp(_block_logits(rows.take(clean), e, b) - rows.take(lse)[:, None])
-            gain = rows.take_fresh(g)
-            probs = probs * gain[:, None]
-            d_hidden = rows.add(d_hidden, _dot(probs, e_fresh.astype(jnp.float32), (1, 0)))
-            d_e = d_e + _dot(probs, rows.take(h32), (0, 0))
-            d_b = d_b + probs.sum(0)
-            return d_hidden, d_e, d_b
-
-        d_e = jnp.zeros_like(e, dtype=jnp.float32)
-        d_hidden, d_e, d_b = _catalogue.over_rows(
-            hidden.shape[0], options.positions, positions, (d_hidden, d_e, d_e[:, 0])
-        )
-        return d_hidden, columns.put(d_table, d_e), columns.put(d_bias, d_b)
-
-    zero_table = jnp.zeros_like(table, dtype=jnp.float32)
-    d_hidden, d_table, d_bias = _catalogue.over_rows(
-        count, options.items, items, (jnp.zeros_like(h32), zero_table, zero_table[:, 0])
-    )
-    t32 = table.astype(jnp.float32)
-    d_hidden = d_hidden - g[:, None] * ((1 - eps) * t32[safe] + eps * t32.mean(0)[None])
-    gh = g[:, None] * h32
-    d_table = d_table.at[safe].add(-(1 - eps) * gh) - eps / count * gh.sum(0)[None]
-    d_bias = d_bias.at[safe].add(-(1 - eps) * g) - eps / count * g.sum()
-    d_hidden = jnp.where(valid[:, None], d_hidden, 0.0)
+def _cotangents(
+    arguments: _Arguments, grads: Gradients, scale: jax.Array
+) -> tuple[Any, ...]:
+    hidden, table, bias, _, valid = arguments
+    d_hidden = jnp.where(valid[:, None], scale * grads.hidden, jnp.float32(0))
     return (
         d_hidden.astype(hidden.dtype),
-        d_table.astype(table.dtype),
-        None if bias is None else d_bias.astype(bias.dtype),
+        (scale.astype(grads.table.dtype) * grads.table).astype(table.dtype),
+        None if bias is None or grads.bias is None else (scale * grads.bias).astype(bias.dtype),
         None,
         None,
     )
 
 
-_losses.defvjp(_forward, _backward)
+_losses.defvjp(_losses_forward, _losses_backward)
 
 
 def mean_linear_cross_entropy(
@@ -167,18 +157,63 @@ def mean_linear_cross_entropy(
     label_smoothing: float = 0.0,
     implementation: _dispatch.Implementation | None = None,
 ) -> Float[Array, ""]:
-    """Weighted mean of `linear_cross_entropy` over the valid positions."""
-    losses = linear_cross_entropy(
-        hidden,
-        item_table,
-        labels,
-        bias=bias,
-        valid=valid,
-        label_smoothing=label_smoothing,
-        implementation=implementation,
+    """TODO"""
+    op = "mean_linear_cross_entropy"
+    arguments = _arguments(
+        op, hidden, item_table, labels, bias, valid, label_smoothing, implementation
     )
-    w = jnp.ones(losses.shape, jnp.float32) if weights is None else weights.astype(jnp.float32)
-    if valid is not None:
-        w = jnp.where(valid, w, 0.0)
+    positions, items = arguments.hidden.shape[0], arguments.item_table.shape[0]
+    if weights is None:
+        weights = jnp.ones((positions,), jnp.float32)
+    weights = jnp.asarray(weights)
+    _catalogue.check_float(op, "weights", weights)
+    _catalogue.check_shape(op, "weights", weights, (positions,))
+    if positions == 0:
+        return jnp.zeros((), jnp.float32)
+    smoothing = float(label_smoothing)
+    block = _one_pass_block(positions, items)
+    if block is None:
+        w, total = _normalised(weights, arguments.valid)
+        return (w * _per_position(arguments, smoothing)).sum()
+    blocks = Blocks(block, items)
+    operands = _manual_axes.vary_together(*arguments, weights)
+    return _mean(_Options(smoothing, blocks), *operands)
+
+
+def _normalised(weights: jax.Array, valid: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """float32 weights that sum to one (all zero if nothing counts), and their sum before."""
+    w = jnp.where(valid, weights.astype(jnp.float32), jnp.float32(0))
     total = w.sum()
-    return jnp.where(total == 0, 0.0, (w * losses).sum() / jnp.where(total == 0, 1.0, total))
+    return jnp.where(total == 0, jnp.float32(0), w / jnp.where(total == 0, jnp.float32(1), total)), total
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _mean(options: _Options, *operands: Any) -> jax.Array:
+    *arguments, weights = operands
+    w, _ = _normalised(weights, arguments[-1])
+    return (w * _losses_forward(options, *arguments)[0]).sum()
+
+
+def _mean_forward(options: _Options, *operands: Any) -> tuple[jax.Array, Any]:
+    *arguments, weights = operands
+    problem = _catalogue_loss.clean(*arguments)
+    w, total = _normalised(weights, problem.valid)
+    lse, grads = _catalogue_loss.value_and_gradients(
+        problem, w, options.smoothing, options.blocks.positions
+    )
+    values = _catalogue_loss.losses(problem, lse, options.smoothing)
+    mean = (w * values).sum()
+    return mean, (operands, grads, values - mean, total)
+
+
+def _mean_backward(options: _Options, residuals: Any, g: jax.Array) -> tuple[Any, ...]:
+    operands, grads, centred, total = residuals
+    *rest, weights = operands
+    arguments = _Arguments(*rest)
+    d_weights = jnp.where(
+        arguments.valid & (total != 0), g * centred / jnp.where(total == 0, jnp.float32(1), total), jnp.float32(0)
+    )
+    return *_cotangents(arguments, grads, g), d_weights.astype(weights.dtype)
+
+
+_mean.defvjp(_mean_forward, _mean_backward)

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import grain
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
@@ -176,14 +177,31 @@ class Checkpoints:
                 f"{self.folder}: no checkpoint {which!r}; there are best, last and steps {steps}"
             )
         try:
-            with ocp.PyTreeCheckpointer() as reader:
-                tree = reader.restore(self.folder / str(step) / "state")
-            return step, tree["parameters"]
+            return step, self._read_parameters(self.folder / str(step) / "state")
         except Exception as error:
             raise UserError(
                 f"{self.folder / str(step)}: cannot be read ({type(error).__name__}); the "
                 f"checkpoint is damaged; others: {[s for s in steps if s != step]}"
             ) from error
+
+    @staticmethod
+    def _read_parameters(path: Path) -> dict[str, Any]:
+        # As NumPy arrays, so that a run trained elsewhere opens on the devices at hand; and
+        # without the optimiser's state, which is twice as large.
+        with ocp.PyTreeCheckpointer() as reader:
+            stored = reader.metadata(path).item_metadata.tree["parameters"]
+            wanted = {"parameters": dict.fromkeys(stored, 0)}
+            arguments = {
+                "parameters": dict.fromkeys(stored, ocp.RestoreArgs(restore_type=np.ndarray))
+            }
+            tree = reader.restore(
+                path,
+                args=ocp.args.PyTreeRestore(
+                    item=wanted, restore_args=arguments, partial_restore=True
+                ),
+            )
+        parameters: dict[str, Any] = tree["parameters"]
+        return parameters
 
     def wait(self) -> None:
         """Until everything saved is on disk."""

@@ -7,18 +7,22 @@ from typing import Any
 from jax import Array
 
 from jaxrec.data.batches import TrainingBatches
+from jaxrec.data.paths import dataset_names
 from jaxrec.data.prepared import Interactions, open_prepared
 from jaxrec.data.splits import Split, make_split, resolve_split
 from jaxrec.models.binding import Parameters, build_model, split_model
 from jaxrec.training.config import DataConfig, Experiment
 
+# The embedded default: made where it is first needed, without a network.
+GENERATED = "generated"
+
 
 def open_data(config: DataConfig) -> Interactions:
     """The data set that the config names; the default generated one is made if it is missing."""
-    if config.name == "generated":
-        from jaxrec.data.generate import ensure_generated
+    if config.name == GENERATED and GENERATED not in dataset_names():
+        from jaxrec.data.generate import generate
 
-        return ensure_generated()
+        return generate(GENERATED)
     return open_prepared(config.name)
 
 

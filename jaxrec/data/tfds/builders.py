@@ -125,8 +125,9 @@ class _PublicBuilder(
     ) -> Iterator[tuple[int, Columns]]:
         for key, chunk in enumerate(rechunk(batches)):
             if self._progress is not None:
-                total = self.entry.events if split == "ratings" else None
-                self._progress(f"read {split}", int(chunk["row"][-1]) + 1, total)
+                rows = int(chunk["row"][-1]) + 1
+                share = min(1.0, rows / self.entry.events) if split == "ratings" else 1.0
+                self._progress(f"reading {split}", share)
             empty = {
                 name: np.empty(0, dtype)
                 for name, dtype in self._columns().items()

@@ -25,8 +25,8 @@ READ_SECONDS = 30.0
 PROBE_SECONDS = 12.0
 _RETRIES = 2
 
-Progress = Callable[[str, int, int | None], None]
-"""Called with what is being done, how much of it, and of how much (None where unknown)."""
+Progress = Callable[[str, float], None]
+"""Called with what is being done and the share of it that is done, 0 to 1."""
 
 # The manager's settings are swapped while it works, and they belong to the whole process.
 _lock = threading.Lock()
@@ -78,7 +78,7 @@ def fetch(
         entry: the data set, for the addresses and the names.
         kinds: which of its files: `ratings`, `metadata`.
         download_dir: the folder to keep them in, under the publisher's file names.
-        progress: told the bytes as they come.
+        progress: told the share of a file that has come (0 where its size is unknown).
 
     Returns:
         The path of each file.
@@ -248,7 +248,7 @@ def _bounded(label: str, progress: Progress | None) -> Iterator[None]:
                 raise InterruptedError("the download was called off")
             done += len(block)
             if progress is not None:
-                progress(f"download {label}", done, total)
+                progress(f"downloading {label}", min(1.0, done / total) if total else 0.0)
             yield block
 
     with _lock:

@@ -153,11 +153,12 @@ def _as_columns(batch: pa.RecordBatch) -> Columns:
 
 def _first_bad_line(archive: MovieLensArchive, form: _Format, error: Exception) -> UserError:
     """Reads again, slowly, to say which line it is."""
-    number = 0
+    rows = 0
     with archive.open(form.ratings) as stream:
         for number, line in enumerate(io.TextIOWrapper(stream, "latin-1"), start=1):
-            if form.ratings_header and number == 1:
+            if not line.strip() or (form.ratings_header and number == 1):
                 continue
+            rows += 1
             fields = line.rstrip("\r\n").split(form.separator)
             shown = repr(line.rstrip("\r\n")[:_SAMPLE])
             where = f"{archive.path}: {form.ratings} line {number}"
@@ -169,7 +170,7 @@ def _first_bad_line(archive: MovieLensArchive, form: _Format, error: Exception) 
             for name, check, field in zip(_FIELDS, _CHECKS, fields, strict=True):
                 if not check(field):
                     return UserError(f"{where}: {name} {field!r} is not a valid number: {shown}")
-    if number <= bool(form.ratings_header):
+    if rows == 0:
         return UserError(f"{archive.path}: {form.ratings} holds no ratings")
     return UserError(f"{archive.path}: {form.ratings} cannot be read ({error})")
 

@@ -1,0 +1,94 @@
+"""`jaxrec evaluate`."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import tyro
+
+from jaxrec.cli.arguments import parse
+from jaxrec.cli.output import console, print_json
+from jaxrec.errors import UserError
+
+if TYPE_CHECKING:
+    from jaxrec.evaluation.report import Report
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Metrics over the full catalogue, with bootstrap intervals, beside the baselines.
+
+    Judges a run: jaxrec evaluate RUN. Or anybody's ranked lists, on the same users and by the same
+    rules: jaxrec evaluate --ranked FILE --data NAME.
+    """
+
+    run: tyro.conf.Positional[Path | None] = None
+    """A run folder; may be left out with --ranked."""
+    part: Literal["test", "validation"] = "test"
+    """Which part of the split."""
+    ks: tuple[int, ...] = ()
+    """Cut-offs; the run's own by default."""
+    checkpoint: str = "best"
+    """best, last, or a step."""
+    ranked: Path | None = None
+    """A CSV or Parquet file of ranked lists (user_id, item_id, rank) to judge instead."""
+    data: str | None = None
+    """With --ranked and no run: the prepared set."""
+    split: str = "leave_one_out"
+    """With --ranked and no run: the split."""
+    json: bool = False
+    """The last line of output is one JSON object."""
+
+
+def main(words: Sequence[str]) -> int:
+    arguments = parse(Arguments, words, program="jaxrec evaluate")
+    if arguments.run is None and arguments.ranked is None:
+        raise UserError("evaluate: give a run folder, or --ranked FILE with --data NAME")
+    report = _ranked(arguments) if arguments.ranked is not None else _run(arguments)
+
+    from jaxrec.evaluation.report import as_json, print_report
+
+    if arguments.json:
+        print_json(as_json(report))
+    else:
+        print_report(report, console())
+    return 0
+
+
+def _run(arguments: Arguments) -> "Report":
+    from jaxrec.serving.run import load
+
+    assert arguments.run is not None
+    run = load(arguments.run, checkpoint=arguments.checkpoint)
+    return run.evaluate(arguments.part, ks=arguments.ks or None)
+
+
+def _ranked(arguments: Arguments) -> "Report":
+    from jaxrec.data.prepared import open_prepared
+    from jaxrec.data.splits import make_split
+    from jaxrec.evaluation.baselines import evaluate_baselines
+    from jaxrec.evaluation.ranked_lists import evaluate_ranked
+    from jaxrec.evaluation.report import compare
+    from jaxrec.evaluation.results import describe_protocol
+    from jaxrec.training.run_folder import RunFolder
+    from jaxrec.training.setup import open_data, split_data
+
+    assert arguments.ranked is not None
+    if arguments.run is not None:
+        config = RunFolder(arguments.run).read_config()
+        data = open_data(config.data)
+        split = split_data(config, data)
+    elif arguments.data is not None:
+        data = open_prepared(arguments.data)
+        split = make_split(data, arguments.split)
+    else:
+        raise UserError("evaluate --ranked: give --data NAME, or the run folder to judge beside")
+    ks = arguments.ks or (10,)
+    part, by_user = arguments.part, True
+    return compare(
+        evaluate_ranked(arguments.ranked, data, split, part=part, ks=ks),
+        evaluate_baselines(data, split, part=part, ks=ks, by_user=by_user),
+        describe_protocol(data, split, part=part, filter_seen=None, by_user=by_user),
+        name=arguments.ranked.name,
+    )

@@ -1,0 +1,78 @@
+"""The `jaxrec` command: finds the command, runs it, turns errors into one line."""
+
+import os
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+from jaxrec.errors import UserError
+
+# Words of the command -> (module:function, what it is for). Modules are imported when used.
+COMMANDS: dict[str, tuple[str, str]] = {
+    "quickstart": (
+        "jaxrec.cli.quickstart:main",
+        "From nothing to a trained model, its metrics and recommendations.",
+    ),
+    "data import": ("jaxrec.cli.data:import_", "Prepare a CSV or Parquet file, or a public set."),
+    "data list": ("jaxrec.cli.data:list_", "Prepared sets, and public sets that can be fetched."),
+    "data stats": ("jaxrec.cli.data:stats", "Describe a prepared set."),
+    "data generate": ("jaxrec.cli.data:generate", "Make a set with planted structure."),
+    "train": ("jaxrec.cli.train:main", "Train an experiment (a config file)."),
+    "evaluate": ("jaxrec.cli.evaluate:main", "Judge a run, or anybody's ranked lists."),
+    "recommend": ("jaxrec.cli.recommend:main", "Rank items for a user, a history, or everyone."),
+    "similar": ("jaxrec.cli.similar:main", "Items that the model sees as alike."),
+    "vectors": ("jaxrec.cli.vectors:main", "Export the item vectors of a run."),
+    "show": ("jaxrec.cli.show:main", "Curves and metrics of a run."),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit code."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    # Orbax, TFDS and absl log through these; none of it is for the user of a command.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    try:
+        return _run(words)
+    except UserError as error:
+        print(f"jaxrec: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:
+        # The reader of our output has left; that is its right.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        print("jaxrec: stopped", file=sys.stderr)
+        return 130
+
+
+def _run(words: list[str]) -> int:
+    if not words or words[0] in ("-h", "--help", "help"):
+        _print_help()
+        return 0 if words else 2
+    if words[0] == "--version":
+        import jaxrec
+
+        print(f"jaxrec {jaxrec.__version__}")
+        return 0
+    for count in (2, 1):
+        name = " ".join(words[:count])
+        if name in COMMANDS:
+            module, function = COMMANDS[name][0].split(":")
+            code = getattr(import_module(module), function)(words[count:])
+            return int(code or 0)
+    group = [name for name in COMMANDS if name.split()[0] == words[0]]
+    known = ", ".join(group or COMMANDS)
+    given = " ".join(words[: 2 if group else 1])
+    raise UserError(f"unknown command {given!r}; commands: {known}")
+
+
+def _print_help() -> None:
+    width = max(map(len, COMMANDS))
+    print("usage: jaxrec COMMAND [options]; jaxrec COMMAND --help tells more\n")
+    for name, (_, purpose) in COMMANDS.items():
+        print(f"  {name:<{width}}  {purpose}")
+    print("\nData sets are kept in $JAXREC_DATA_DIR (default: a folder in the user's cache).")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

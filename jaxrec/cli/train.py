@@ -1,0 +1,84 @@
+"""`jaxrec train`."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import tyro
+
+from jaxrec.cli.arguments import parse
+from jaxrec.cli.output import console, print_json, tell
+from jaxrec.errors import UserError
+from jaxrec.training.config import Experiment, check, load_config
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Train an experiment, then judge its best checkpoint on the test part.
+
+    Every field of the config can be set by its name: --training.epochs 3, --model.dropout 0.5.
+    The same command continues a run that was interrupted.
+    """
+
+    config: tyro.conf.Positional[Path]
+    """The config, a Python file that defines `config`."""
+    out: Path
+    """The run folder."""
+    data: str | None = None
+    """Train on this prepared set instead of the config's."""
+    overwrite: bool = False
+    """Delete the run that is in the folder and begin anew."""
+    results: Path | None = None
+    """Also write the results file into this folder."""
+    quiet: bool = False
+    """No progress."""
+    json: bool = False
+    """The last line of output is one JSON object: the results."""
+
+
+def main(words: Sequence[str]) -> int:
+    if "--help" in words or "-h" in words:
+        return _help(words)
+    arguments, rest = parse(Arguments, words, program="jaxrec train", allow_unknown=True)
+    config = load_config(arguments.config)
+    if arguments.data is not None:
+        config = replace(config, data=replace(config.data, name=arguments.data))
+    config = check(parse(Experiment, rest, program="jaxrec train CONFIG.py", default=config))
+
+    from jaxrec.fit import fit
+    from jaxrec.training.interrupt import Interrupted
+    from jaxrec.training.run_folder import read_json
+
+    try:
+        run = fit(
+            config,
+            arguments.out,
+            overwrite=arguments.overwrite,
+            show_progress=False if arguments.quiet else None,
+            results_folder=arguments.results,
+        )
+    except Interrupted as stop:
+        tell(f"jaxrec: {stop}")
+        return 128 + stop.signal
+    values = read_json(run.folder.results)
+    if arguments.json:
+        print_json(values)
+        return 0
+    from jaxrec.cli.show import print_results
+
+    print_results(values, console())
+    console().print(f"run folder: {run.folder.path}", markup=False)
+    return 0
+
+
+def _help(words: Sequence[str]) -> int:
+    """The command's own options; with a config, its fields too."""
+    config = next((w for w in words if w.endswith(".py")), None)
+    if config is None:
+        parse(Arguments, ["--help"], program="jaxrec train")
+    try:
+        default = load_config(config or "")
+    except UserError:
+        default = Experiment()
+    parse(Experiment, ["--help"], program="jaxrec train CONFIG.py --out RUN", default=default)
+    return 0

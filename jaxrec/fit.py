@@ -1,0 +1,59 @@
+"""`fit`: train, judge on the test part once, leave a results file."""
+
+from pathlib import Path
+
+from jaxrec.evaluation.report import as_json
+from jaxrec.serving.run import Run
+from jaxrec.training.config import Experiment
+from jaxrec.training.loop import train
+from jaxrec.training.results import results, results_name
+from jaxrec.training.run_folder import write_json
+
+
+def fit(
+    config: Experiment,
+    out: str | Path,
+    *,
+    overwrite: bool = False,
+    show_progress: bool | None = None,
+    results_folder: str | Path | None = None,
+) -> Run:
+    """Trains an experiment and evaluates its best checkpoint on the test part.
+
+    Args:
+      config: the experiment, for instance `Experiment(data=DataConfig(name="shop"))`.
+      out: the run folder; an unfinished run of the same config is continued.
+      overwrite: begin anew whatever is there.
+      show_progress: False for silence.
+      results_folder: also write the results file there, as `EXPERIMENT-DATASET-seedN.json`.
+
+    Returns:
+      The run, opened at its best checkpoint; `results.json` is in its folder.
+
+    Raises:
+      UserError: bad config or data, a folder with another run, a loss that is not finite.
+      Interrupted: SIGTERM or Ctrl-C; the same call continues.
+    """
+    folder = train(config, out, overwrite=overwrite, show_progress=show_progress)
+    run = Run(folder.path)
+    if not folder.results.is_file():
+        lines = folder.read_metrics()
+        points = [line for line in lines if "validation" in line]
+        seconds = sum(p["epoch_seconds"] + p["validation_seconds"] for p in points)
+        report = run.evaluate("test")
+        validation = next((p["validation"] for p in points if p["step"] == run.step), {})
+        values = results(
+            run.config,
+            dataset=run.interactions.name,
+            data_hash=run.interactions.hash,
+            metrics={"test": as_json(report), "validation": validation},
+            step=run.step,
+            epochs=points[-1]["epoch"] if points else 0,
+            seconds=seconds,
+        )
+        write_json(folder.results, values)
+    if results_folder is not None:
+        Path(results_folder).mkdir(parents=True, exist_ok=True)
+        target = Path(results_folder) / results_name(run.config, run.interactions.name)
+        target.write_text(folder.results.read_text(encoding="utf-8"), encoding="utf-8")
+    return run

@@ -1,0 +1,257 @@
+"""Softmax cross-entropy over a catalogue, block by block: forward, and two ways to the gradient.
+
+With l_pv = <h_p, E_v> + b_v, s_p = sum_v exp(l_pv) and cotangents g_p, the gradient needs
+d_pv = exp(l_pv) / s_p - (1 - eps) [v = y_p] - eps / V, and from it
+
+    dH_p = g_p sum_v d_pv E_v        dE_v = sum_p g_p d_pv h_p        db_v = sum_p g_p d_pv.
+
+*Two passes* (`log_sum_exp`, then `gradients`): both axes are cut into blocks, nothing larger than
+one block of logits is held, and l is computed twice: four matrix products, two exponentials.
+
+*One pass* (`value_and_gradients`): a block of positions sees the whole catalogue at once, so s_p
+is known before its part of the gradient is formed, and l is computed once: three products, one
+exponential. 1 / s_p scales rows of H and dH, never the block of logits. This needs the g_p
+beforehand, which a weighted mean provides, and a catalogue whose block of logits is affordable.
+
+The eps / V term has a closed form, and so has the term of the label: neither costs a pass.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxrec.ops import _catalogue
+
+_F32 = jnp.float32
+
+
+class Blocks(NamedTuple):
+    """How many positions and items one block of logits has."""
+
+    positions: int
+    items: int
+
+
+class Problem(NamedTuple):
+    """Arrays of one call, cleaned: invalid positions have zero hidden rows and label 0."""
+
+    hidden: jax.Array  # [P, D]
+    table: jax.Array  # [V, D]
+    bias: jax.Array | None  # float32[V]
+    labels: jax.Array  # int32[P], all in 0..V-1
+    valid: jax.Array  # bool[P]
+    bad: jax.Array  # bool[P]: a valid position whose label is outside the catalogue
+
+
+class Gradients(NamedTuple):
+    """Float32 cotangents of hidden [P, D]; of table [V, D] in its dtype or float32; of bias [V]."""
+
+    hidden: jax.Array
+    table: jax.Array
+    bias: jax.Array | None
+
+
+class Statistics(NamedTuple):
+    """Of each position over some items: the largest logit, and sum exp(logit - largest)."""
+
+    largest: jax.Array
+    total: jax.Array
+
+
+def clean(
+    hidden: jax.Array,
+    table: jax.Array,
+    bias: jax.Array | None,
+    labels: jax.Array,
+    valid: jax.Array,
+) -> Problem:
+    inside = (labels >= 0) & (labels < table.shape[0])
+    return Problem(
+        hidden=jnp.where(valid[:, None], hidden, jnp.zeros((), hidden.dtype)),
+        table=table,
+        bias=None if bias is None else bias.astype(_F32),
+        labels=jnp.where(valid & inside, labels, jnp.zeros((), labels.dtype)).astype(jnp.int32),
+        valid=valid,
+        bad=valid & ~inside,
+    )
+
+
+def _dot(a: jax.Array, b: jax.Array, contract: tuple[int, int]) -> jax.Array:
+    dims = (((contract[0],), (contract[1],)), ((), ()))
+    return lax.dot_general(a, b, dims, preferred_element_type=_F32)
+
+
+def _logits(hidden: jax.Array, table: jax.Array, bias: jax.Array | None) -> jax.Array:
+    logits = _dot(hidden, table, (1, 1))
+    return logits if bias is None else logits + bias[None, :]
+
+
+def _finite_or_zero(largest: jax.Array) -> jax.Array:
+    # A position whose logits are all -inf would otherwise give inf - inf.
+    return jnp.where(largest == -jnp.inf, _F32(0), largest)
+
+
+def block_statistics(logits: jax.Array, fresh: jax.Array | None = None) -> Statistics:
+    """Statistics of one block of logits; `fresh` marks the items that count."""
+    # Items that do not count may still set the largest logit: any upper bound will do.
+    largest = _finite_or_zero(logits.max(1))
+    weights = jnp.exp(logits - largest[:, None])
+    if fresh is not None:
+        weights = jnp.where(fresh[None, :], weights, _F32(0))
+    return Statistics(largest, weights.sum(1))
+
+
+def combine(a: Statistics, b: Statistics) -> Statistics:
+    """Statistics of the union of two disjoint sets of items."""
+    largest = jnp.maximum(a.largest, b.largest)
+    shift = _finite_or_zero(largest)
+    total = a.total * jnp.exp(a.largest - shift) + b.total * jnp.exp(b.largest - shift)
+    return Statistics(largest, total)
+
+
+def log_sum_exp(problem: Problem, blocks: Blocks) -> jax.Array:
+    """float32[P]: log sum_v exp(l_pv)."""
+    hidden, table, bias = problem.hidden, problem.table, problem.bias
+    items = table.shape[0]
+
+    def positions(rows: _catalogue.Rows, result: jax.Array) -> jax.Array:
+        h = rows.take(hidden)
+
+        def one(columns: _catalogue.Rows) -> Statistics:
+            logits = _logits(h, columns.take(table), None if bias is None else columns.take(bias))
+            return block_statistics(logits, None if blocks.items >= items else columns.fresh)
+
+        zero = jnp.zeros_like(rows.take(result))
+        stats = _catalogue.over_rows(
+            items,
+            blocks.items,
+            lambda columns, carry: combine(carry, one(columns)),
+            Statistics(zero - _F32(jnp.inf), zero),
+        )
+        return rows.put(result, stats.largest + jnp.log(stats.total))
+
+    empty = jnp.zeros_like(hidden[:, 0], dtype=_F32)
+    return _catalogue.over_rows(hidden.shape[0], blocks.positions, positions, empty)
+
+
+def losses(problem: Problem, lse: jax.Array, smoothing: float) -> jax.Array:
+    """float32[P] from log-sum-exp; 0 where invalid, NaN where the label is bad."""
+    h = problem.hidden.astype(_F32)
+    target = (h * problem.table[problem.labels].astype(_F32)).sum(1)
+    if problem.bias is not None:
+        target = target + problem.bias[problem.labels]
+    value = lse - _F32(1 - smoothing) * target
+    if smoothing:
+        mean = (h * _mean_row(problem.table)[None, :]).sum(1)
+        if problem.bias is not None:
+            mean = mean + problem.bias.mean()
+        value = value - _F32(smoothing) * mean
+    value = jnp.where(problem.bad, _F32(jnp.nan), value)
+    return jnp.where(problem.valid, value, _F32(0))
+
+
+def _mean_row(table: jax.Array) -> jax.Array:
+    return table.sum(0, dtype=_F32) / table.shape[0]
+
+
+def gradients(
+    problem: Problem, lse: jax.Array, g: jax.Array, smoothing: float, blocks: Blocks
+) -> Gradients:
+    """Second of the two passes: recomputes the logits; `g` is zero where invalid."""
+    hidden, table, bias, labels = problem.hidden, problem.table, problem.bias, problem.labels
+    dtype = hidden.dtype
+    lse = jnp.where(problem.bad, _F32(jnp.nan), lse)
+    h32 = hidden.astype(_F32)
+    spread = _F32(smoothing / table.shape[0])
+
+    def items(columns: _catalogue.Rows, carry: Gradients) -> Gradients:
+        e, e_fresh = columns.take(table), columns.take_fresh(table)
+        b = None if bias is None else columns.take(bias)
+        ids = columns.start + jnp.arange(columns.size, dtype=jnp.int32)
+
+        def positions(rows: _catalogue.Rows, inner: Gradients) -> Gradients:
+            probs = jnp.exp(_logits(rows.take(hidden), e, b) - rows.take(lse)[:, None])
+            hit = rows.take(labels)[:, None] == ids[None, :]
+            delta = jnp.where(hit, probs - _F32(1 - smoothing), probs)
+            if smoothing:
+                delta = delta - spread
+            gain = rows.take_fresh(g)[:, None]
+            d_bias = None if inner.bias is None else inner.bias + _dot(gain, delta, (0, 0))[0]
+            delta = delta.astype(dtype)
+            return Gradients(
+                rows.add(inner.hidden, gain * _dot(delta, e_fresh, (1, 0))),
+                inner.table + _dot((gain * rows.take(h32)).astype(dtype), delta, (0, 0)),
+                d_bias,
+            )
+
+        zero = jnp.zeros_like(e.T, dtype=_F32)
+        inner = Gradients(carry.hidden, zero, None if bias is None else zero[0])
+        inner = _catalogue.over_rows(hidden.shape[0], blocks.positions, positions, inner)
+        # The repeated items of the last block get the values that they already have.
+        return Gradients(
+            inner.hidden,
+            columns.put(carry.table, inner.table.T.astype(table.dtype)),
+            None if carry.bias is None else columns.put(carry.bias, inner.bias),
+        )
+
+    start = Gradients(
+        jnp.zeros_like(h32), jnp.zeros_like(table), None if bias is None else jnp.zeros_like(bias)
+    )
+    return _catalogue.over_rows(table.shape[0], blocks.items, items, start)
+
+
+def value_and_gradients(
+    problem: Problem, g: jax.Array, smoothing: float, block: int
+) -> tuple[jax.Array, Gradients]:
+    """Log-sum-exp and, for cotangents `g` known beforehand, the gradients, in one pass.
+
+    `block` counts positions; every block sees the whole catalogue. `g` is zero where invalid.
+    """
+    hidden, table, bias, labels = problem.hidden, problem.table, problem.bias, problem.labels
+    dtype = hidden.dtype
+    h32 = hidden.astype(_F32)
+
+    class Carry(NamedTuple):
+        lse: jax.Array
+        hidden: jax.Array
+        table: jax.Array  # transposed: [D, V]
+        bias: jax.Array | None
+
+    def positions(rows: _catalogue.Rows, carry: Carry) -> Carry:
+        logits = _logits(rows.take(hidden), table, bias)
+        largest = _finite_or_zero(logits.max(1))
+        weights = jnp.exp(logits - largest[:, None])
+        total = weights.sum(1)
+        total = jnp.where(rows.take(problem.bad), _F32(jnp.nan), total)
+        gain = (rows.take_fresh(g) / total)[:, None]
+        d_bias = None if carry.bias is None else carry.bias + _dot(gain, weights, (0, 0))[0]
+        weights = weights.astype(dtype)
+        rescale = (rows.take(g) / total)[:, None]
+        return Carry(
+            rows.put(carry.lse, largest + jnp.log(total)),
+            rows.put(carry.hidden, rescale * _dot(weights, table, (1, 0))),
+            # [D, V] rather than [V, D]: on CPU the block of weights is then never transposed.
+            carry.table + _dot((gain * rows.take(h32)).astype(dtype), weights, (0, 0)),
+            d_bias,
+        )
+
+    start = Carry(
+        jnp.zeros_like(h32[:, 0]),
+        jnp.zeros_like(h32),
+        jnp.zeros_like(table.T, dtype=_F32),
+        None if bias is None else jnp.zeros_like(bias),
+    )
+    end = _catalogue.over_rows(hidden.shape[0], block, positions, start)
+
+    hit, spread = _F32(1 - smoothing), _F32(smoothing / table.shape[0])
+    gh = g[:, None] * h32
+    d_hidden = end.hidden - hit * g[:, None] * table[labels].astype(_F32)
+    d_table = end.table.T.at[labels].add(-hit * gh)
+    d_bias = None if end.bias is None else end.bias.at[labels].add(-hit * g)
+    if smoothing:
+        d_hidden = d_hidden - _F32(smoothing) * g[:, None] * _mean_row(table)[None, :]
+        d_table = d_table - spread * gh.sum(0)[None, :]
+        d_bias = None if d_bias is None else d_bias - spread * g.sum()
+    return end.lse, Gradients(d_hidden, d_table, d_bias)

@@ -1,0 +1,389 @@
+"""A trained run, ready for use: recommend, evaluate, find similar items, export vectors."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from jaxrec.data._ids import Id, IdIndex
+from jaxrec.data.prepared import Interactions
+from jaxrec.data.splits import Split
+from jaxrec.errors import UserError
+from jaxrec.evaluation.baselines import evaluate_baselines
+from jaxrec.evaluation.evaluator import Evaluator
+from jaxrec.evaluation.ranker import Contexts, Ranker
+from jaxrec.evaluation.report import Report, compare
+from jaxrec.evaluation.results import describe_protocol, evaluate_lists
+from jaxrec.training.checkpoints import Checkpoints
+from jaxrec.training.config import Experiment
+from jaxrec.training.run_folder import RunFolder, read_json
+from jaxrec.training.setup import count_from_newest, make_model, open_data, split_data
+
+
+class Recommendation(NamedTuple):
+    """One item of a ranked list."""
+
+    item_id: Id
+    title: str | None
+    score: float
+
+
+class RankedLists(NamedTuple):
+    """Ranked lists of several users, as indices."""
+
+    users: NDArray[np.int64]
+    items: NDArray[np.int32]
+    """int32[users, k], -1 where there are fewer candidates."""
+    scores: NDArray[np.float32]
+
+
+class Run:
+    """A run folder, opened at one of its checkpoints.
+
+    Make one with `jaxrec.load` or `jaxrec.fit`.
+
+    Attributes:
+      folder: where it lives.
+      config: the experiment it was trained with.
+      step: optimiser steps behind the parameters.
+      parameters: by dotted name.
+    """
+
+    def __init__(self, path: str | Path, *, checkpoint: str = "best") -> None:
+        self.folder = RunFolder(path)
+        self.config: Experiment = self.folder.read_config()
+        data = read_json(self.folder.data)
+        checkpoints = Checkpoints(self.folder.checkpoints, self.config.training.metric)
+        try:
+            self.step, stored = checkpoints.read_parameters(checkpoint)
+        finally:
+            checkpoints.close()
+        fresh, self._bind = make_model(self.config, int(data["items"]))
+        _check_shapes(self.folder, fresh, stored)
+        self.parameters = {name: jax.numpy.asarray(stored[name]) for name in fresh}
+        self._ranker = Ranker(self._bind)
+        self._data = data
+
+    def __repr__(self) -> str:
+        return (
+            f"Run({str(self.folder.path)!r}: {self.config.model.type} on {self._data['name']}, "
+            f"step {self.step})"
+        )
+
+    @cached_property
+    def _item_table(self) -> pa.Table:
+        try:
+            table = pq.read_table(self.folder.items)
+        except (OSError, pa.ArrowException) as error:
+            raise UserError(f"{self.folder.items}: cannot be read ({error})") from None
+        if table.num_rows != self._data["items"]:
+            raise UserError(
+                f"{self.folder.items}: {table.num_rows} items, wanted {self._data['items']}"
+            )
+        return table
+
+    @cached_property
+    def _items(self) -> IdIndex:
+        ids = self._item_table["item_id"].combine_chunks()
+        return IdIndex(ids, "item", self._data["name"])
+
+    @cached_property
+    def item_ids(self) -> NDArray[Any]:
+        """Original item ids by index."""
+        return self._items.array()
+
+    @cached_property
+    def item_titles(self) -> list[str | None] | None:
+        """Titles by index; None where the data set has none."""
+        table = self._item_table
+        return table["title"].to_pylist() if "title" in table.column_names else None
+
+    @property
+    def num_items(self) -> int:
+        return int(self._data["items"])
+
+    @cached_property
+    def interactions(self) -> Interactions:
+        """The data set it was trained on.
+
+        Raises:
+          UserError: it is not at hand, or is another version by its hash.
+        """
+        interactions = open_data(self.config.data)
+        if interactions.hash != self._data["hash"]:
+            raise UserError(
+                f"{self.folder.path}: was trained on {self._data['name']!r} with hash "
+                f"{self._data['hash'][:12]}, the set at {interactions.path} has "
+                f"{interactions.hash[:12]}; import the version it was trained on"
+            )
+        return interactions
+
+    @cached_property
+    def split(self) -> Split:
+        return split_data(self.config, self.interactions)
+
+    def recommend(
+        self,
+        user: Id | None = None,
+        *,
+        history: Sequence[Id] | None = None,
+        k: int = 10,
+        filter_seen: bool | None = None,
+        allow: Iterable[Id] | None = None,
+        deny: Iterable[Id] | None = None,
+    ) -> list[Recommendation]:
+        """The `k` best items for a user of the data set, or for anybody with a history.
+
+        Args:
+          user: original id (or its text) of a user; the whole history counts.
+          history: original item ids, oldest first, instead of a user.
+          k: how many.
+          filter_seen: leave out items of the history; by default as the run evaluates.
+          allow: only these items (original ids).
+          deny: none of these items.
+
+        Returns:
+          Best first; fewer than `k` where fewer items are left.
+
+        Raises:
+          UserError: neither or both of user and history, an unknown id, an empty history.
+        """
+        if (user is None) == (history is None):
+            raise UserError("recommend: give a user or a history, one of the two")
+        if history is not None:
+            events = np.array([self._items.find(item) for item in history], np.int32)
+            who = "the history"
+        else:
+            assert user is not None
+            events = np.asarray(self.interactions.history(self.interactions.user_index(user)))
+            who = f"user {user}"
+        if not len(events):
+            raise UserError(f"recommend: {who} is empty; give at least one item")
+        contexts = self._contexts(events, np.array([0]), np.array([len(events)]), 1)
+        scores, lists = self._ranker.lists(
+            self.parameters,
+            contexts,
+            self._check_k(k),
+            filter_seen=self._filter_seen(filter_seen),
+            allow=self._mask(allow),
+            deny=self._mask(deny),
+        )
+        return [
+            self._recommendation(int(item), float(score))
+            for item, score in zip(lists[0], scores[0], strict=True)
+            if item >= 0
+        ]
+
+    def recommend_all(
+        self,
+        users: Sequence[Id] | None = None,
+        *,
+        k: int = 10,
+        filter_seen: bool | None = None,
+        allow: Iterable[Id] | None = None,
+        deny: Iterable[Id] | None = None,
+        progress: Callable[[int], None] | None = None,
+    ) -> RankedLists:
+        """Ranked lists for many users of the data set, from their whole histories.
+
+        Args:
+          users: original ids; everybody with an event by default.
+          k, filter_seen, allow, deny: as in `recommend`.
+          progress: called with the number of users done since the last call.
+        """
+        data = self.interactions
+        if users is None:
+            index = np.flatnonzero(np.diff(data.offsets) > 0)
+        else:
+            index = np.array([data.user_index(user) for user in users], np.int64)
+        return self.rank_users(
+            index, k=k, filter_seen=filter_seen, allow=allow, deny=deny, progress=progress
+        )
+
+    def rank_users(
+        self,
+        users: NDArray[np.int64],
+        *,
+        k: int = 10,
+        filter_seen: bool | None = None,
+        allow: Iterable[Id] | None = None,
+        deny: Iterable[Id] | None = None,
+        progress: Callable[[int], None] | None = None,
+    ) -> RankedLists:
+        """`recommend_all` for user indices instead of original ids."""
+        offsets = np.asarray(self.interactions.offsets)
+        contexts = self._contexts(
+            self.interactions.items,
+            offsets[users],
+            offsets[users + 1],
+            self.config.evaluation.batch_size,
+        )
+        scores, lists = self._ranker.lists(
+            self.parameters,
+            contexts,
+            self._check_k(k),
+            filter_seen=self._filter_seen(filter_seen),
+            allow=self._mask(allow),
+            deny=self._mask(deny),
+            progress=progress,
+        )
+        return RankedLists(users, lists, scores)
+
+    def lists(self, part: str = "test", ks: tuple[int, ...] | None = None) -> NDArray[np.int32]:
+        """Ranked item indices for every target of a part of the split, in the split's order."""
+        config = self.config
+        targets = {"validation": self.split.validation, "test": self.split.test}.get(part)
+        if targets is None:
+            raise UserError(f"part must be validation or test, got {part!r}")
+        evaluator = Evaluator(
+            self.interactions,
+            targets,
+            self._ranker,
+            ks=ks or config.evaluation.ks,
+            filter_seen=config.evaluation.filter_seen,
+            batch_size=config.evaluation.batch_size,
+            max_length=config.data.max_length,
+            packed=config.data.packed,
+            count_from_newest=count_from_newest(config),
+        )
+        return evaluator.lists(self.parameters)
+
+    def evaluate(self, part: str = "test", *, ks: tuple[int, ...] | None = None) -> Report:
+        """Full-catalogue metrics with bootstrap intervals, beside the baselines.
+
+        Args:
+          part: "test" or "validation".
+          ks: cut-offs; the config's by default.
+        """
+        settings = self.config.evaluation
+        settings = settings if ks is None else replace(settings, ks=tuple(ks))
+        data, split = self.interactions, self.split
+        targets = split.test if part == "test" else split.validation
+        model = evaluate_lists(self.lists(part, settings.ks), data, targets, ks=settings.ks)
+        baselines = evaluate_baselines(
+            data, split, part=part, ks=settings.ks, filter_seen=settings.filter_seen
+        )
+        return compare(
+            model,
+            baselines,
+            describe_protocol(data, split, part=part, filter_seen=settings.filter_seen),
+            name=self.config.name,
+            level=settings.level,
+            resamples=settings.resamples,
+            seed=self.config.training.seed,
+        )
+
+    def similar_items(self, item: Id, k: int = 10) -> list[Recommendation]:
+        """The items whose vectors point most nearly the same way, with cosine similarities.
+
+        Raises:
+          UserError: an unknown item.
+        """
+        index = self._items.find(item)
+        vectors = self.item_vectors().astype(np.float64)
+        lengths = np.maximum(np.linalg.norm(vectors, axis=1), 1e-30)
+        similarity = vectors @ vectors[index] / (lengths * lengths[index])
+        similarity[index] = -np.inf
+        order = np.argsort(-similarity, kind="stable")[: min(self._check_k(k), self.num_items - 1)]
+        return [self._recommendation(int(i), float(similarity[i])) for i in order]
+
+    def item_vectors(self) -> NDArray[np.float32]:
+        """float32[items, width]: the table that user states are scored against, by index."""
+        return np.asarray(self._bind(self.parameters).item_table(), np.float32)
+
+    def export_item_vectors(self, path: str | Path) -> Path:
+        """Writes the item vectors: `.npy` (rows by index) or `.parquet` (with ids and titles).
+
+        Raises:
+          UserError: another ending, or a folder that cannot be written to.
+        """
+        path = Path(path)
+        vectors = self.item_vectors()
+        temporary = path.with_name(f".{path.name}.part")
+        try:
+            if path.suffix == ".npy":
+                with temporary.open("wb") as file:
+                    np.save(file, vectors, allow_pickle=False)
+            elif path.suffix == ".parquet":
+                flat = pa.array(vectors.reshape(-1))
+                column = pa.FixedSizeListArray.from_arrays(flat, vectors.shape[1])
+                pq.write_table(self._item_table.append_column("vector", column), temporary)
+            else:
+                raise UserError(f"{path}: item vectors are written to .npy or .parquet")
+            temporary.replace(path)
+        except OSError as error:
+            raise UserError(f"{path}: cannot be written ({error.strerror})") from None
+        finally:
+            temporary.unlink(missing_ok=True)
+        return path
+
+    def _contexts(
+        self, items: NDArray[np.int32], starts: Any, stops: Any, batch_size: int
+    ) -> Contexts:
+        return Contexts(
+            items,
+            starts,
+            stops,
+            batch_size=batch_size,
+            max_length=self.config.data.max_length,
+            packed=self.config.data.packed,
+            count_from_newest=count_from_newest(self.config),
+        )
+
+    def _filter_seen(self, asked: bool | None) -> bool:
+        return self.config.evaluation.filter_seen if asked is None else asked
+
+    def _check_k(self, k: int) -> int:
+        if k < 1:
+            raise UserError(f"k must be at least 1, got {k}")
+        return min(k, self.num_items)
+
+    def _mask(self, items: Iterable[Id] | None) -> NDArray[np.bool_] | None:
+        if items is None:
+            return None
+        mask = np.zeros(self.num_items, bool)
+        mask[[self._items.find(item) for item in items]] = True
+        return mask
+
+    def item_text(self, item: Id) -> str:
+        """What to show a person for an item: its title, or its original id."""
+        found = self._recommendation(self._items.find(item), 0.0)
+        return found.title or str(found.item_id)
+
+    def _recommendation(self, index: int, score: float) -> Recommendation:
+        title = None if self.item_titles is None else self.item_titles[index]
+        return Recommendation(self._items.id(index), title, score)
+
+
+def load(path: str | Path, *, checkpoint: str = "best") -> Run:
+    """Opens a run folder.
+
+    Args:
+      path: the folder that `jaxrec train --out` or `jaxrec.fit` wrote.
+      checkpoint: "best" by validation, "last", or a step's number.
+
+    Raises:
+      UserError: not a run folder, no checkpoint, or one that does not fit the config.
+    """
+    return Run(path, checkpoint=checkpoint)
+
+
+def _check_shapes(folder: RunFolder, fresh: dict[str, Any], stored: dict[str, Any]) -> None:
+    missing = sorted(set(fresh) - set(stored))
+    unknown = sorted(set(stored) - set(fresh))
+    if missing or unknown:
+        what = f"lacks {missing[0]}" if missing else f"has an unknown {unknown[0]}"
+        raise UserError(f"{folder.checkpoints}: a checkpoint of another model: it {what}")
+    for name, value in fresh.items():
+        if tuple(stored[name].shape) != tuple(value.shape):
+            raise UserError(
+                f"{folder.checkpoints}: a checkpoint of another model: {name} has shape "
+                f"{tuple(stored[name].shape)}, the config asks for {tuple(value.shape)}"
+            )
