@@ -17,7 +17,7 @@ class Arguments:
 
     out: Path | None = None
     """Keep the run in this folder; a temporary one by default."""
-    epochs: int = 12
+    epochs: int = 10
     seed: int = 0
     json: bool = False
     """The last line of output is one JSON object: the metrics and the recommendations."""

@@ -13,8 +13,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from jaxrec.data.packing import Rows, fill, place, place_alone
+from jaxrec.data.packing import Placement, Rows, fill, place, place_alone
 from jaxrec.errors import UserError
+
+# Batches that are packed to find out how many rows they need: enough for the rare ones to show.
+_PROBED_BATCHES = 512
 
 
 class Sequences(NamedTuple):
@@ -60,7 +63,10 @@ class TrainingBatches:
     """Random access to the batches of every epoch: a data source for Grain.
 
     Element `i` is batch `i % batches_per_epoch` of epoch `i // batches_per_epoch`; it depends on
-    the arguments and `i` alone, which is what makes a resumed run bitwise the same.
+    the arguments and `i` alone, which is what makes a resumed run bitwise the same. It holds the
+    rows (`items`, `valid`, `segment_ids`, `positions`, each [rows, length]) and, so that the loss
+    runs on real events only, a list of them: `slots` (flat index into the rows), `targets` (the
+    next item) and `target_valid` (False beyond the last), each [events].
 
     Args:
       items: int32[events], the data set's flat item column.
@@ -105,11 +111,7 @@ class TrainingBatches:
         self.batches_per_epoch = math.ceil(len(self._starts) / batch_size)
         # Threads of the loader share one source: each keeps the epoch it is in.
         self._epoch_batches = lru_cache(maxsize=2)(self._deal)
-        if packed:
-            used = [place(self._lengths[b], max_length).rows for b in self._deal(0)]
-            self.rows = max(used)
-        else:
-            self.rows = max(len(b) for b in self._deal(0))
+        self.rows, self.events_capacity = self._capacity()
 
     @property
     def sequences(self) -> int:
@@ -125,6 +127,23 @@ class TrainingBatches:
         """Share of the slots of an epoch that hold an event."""
         return self.events / (self.rows * self._max_length * self.batches_per_epoch)
 
+    def _capacity(self) -> tuple[int, int]:
+        """Rows and events that hold every batch of the first epochs, with a little to spare."""
+        rows = events = 0
+        for epoch in range(math.ceil(_PROBED_BATCHES / self.batches_per_epoch)):
+            for chosen in self._deal(epoch):
+                events = max(events, int(self._lengths[chosen].sum()))
+                rows = max(rows, self._place(chosen).rows)
+        # An epoch further on may hold a batch that packs one row worse; another shape would be
+        # compiled for it.
+        spare = 1 if self._packed and self.batches_per_epoch > 1 else 0
+        return rows + spare, _round_up(events + events // 64, 8)
+
+    def _place(self, chosen: NDArray[np.int64]) -> Placement:
+        if self._packed:
+            return place(self._lengths[chosen], self._max_length)
+        return place_alone(len(chosen))
+
     def _deal(self, epoch: int) -> list[NDArray[np.int64]]:
         rng = np.random.default_rng([self._seed, epoch])
         return stratified_batches(self._lengths, self.batches_per_epoch, rng)
@@ -136,23 +155,38 @@ class TrainingBatches:
         epoch, number = divmod(int(index), self.batches_per_epoch)
         chosen = self._epoch_batches(epoch)[number]
         starts, lengths = self._starts[chosen], self._lengths[chosen]
-        placement = place(lengths, self._max_length) if self._packed else place_alone(len(chosen))
+        placement = self._place(chosen)
         events = gather_index(starts, lengths)
-        rows = self.rows
-        if placement.rows > rows:
-            # Rare: a later epoch's batch packs worse than all of the first. One more shape is
-            # compiled, an eighth larger, and nothing is dropped.
-            rows += math.ceil((placement.rows - rows) / max(1, rows // 8)) * max(1, rows // 8)
-        batch = fill(
+        rows, slot = fill(
             placement,
             lengths,
             self._items[events],
-            self._items[events + 1],
-            rows=rows,
+            # Where the spare is not enough the shapes grow by eighths: nothing is ever dropped.
+            rows=_grown(self.rows, placement.rows),
             capacity=self._max_length,
             count_from_newest=self._count_from_newest,
         )
-        return batch._asdict()
+        capacity = _grown(self.events_capacity, len(events))
+        slots = np.zeros(capacity, np.int32)
+        slots[: len(events)] = slot
+        targets = np.zeros(capacity, np.int32)
+        targets[: len(events)] = self._items[events + 1]
+        return {
+            **rows._asdict(),
+            "slots": slots,
+            "targets": targets,
+            "target_valid": np.arange(capacity) < len(events),
+        }
+
+
+def _round_up(value: int, unit: int) -> int:
+    return -(-value // unit) * unit
+
+
+def _grown(capacity: int, needed: int) -> int:
+    if needed <= capacity:
+        return capacity
+    return capacity + _round_up(needed - capacity, max(1, capacity // 8))
 
 
 def gather_index(starts: NDArray[np.int64], lengths: NDArray[np.integer]) -> NDArray[np.int64]:
@@ -218,11 +252,10 @@ class ContextBatches:
     def __getitem__(self, number: int) -> ContextBatch:
         chosen, placement = self._chosen[number], self._placements[number]
         starts, lengths = self._starts[chosen], self._lengths[chosen]
-        rows = fill(
+        rows, _ = fill(
             placement,
             lengths,
             self._items[gather_index(starts, lengths)],
-            None,
             rows=self.rows,
             capacity=self._max_length,
             count_from_newest=self._count_from_newest,

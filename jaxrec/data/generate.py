@@ -227,7 +227,7 @@ def _histories(
     users: int, mean: float, catalogue: _Catalogue, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """User, item, time and rating of each event, users one after the other."""
-    lengths = _lengths(users, mean, rng)
+    lengths = np.minimum(_lengths(users, mean, rng), len(catalogue.genre))
     longest = int(lengths.max())
     genres = len(catalogue.bounds) - 1
     favours = np.arange(1, genres + 1) ** -_GENRE_SKEW

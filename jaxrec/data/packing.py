@@ -24,7 +24,6 @@ class Rows(NamedTuple):
     """A batch of packed rows; all arrays are [rows, length]."""
 
     items: NDArray[np.int32]
-    targets: NDArray[np.int32]
     valid: NDArray[np.bool_]
     segment_ids: NDArray[np.int32]
     positions: NDArray[np.int32]
@@ -84,22 +83,23 @@ def fill(
     placement: Placement,
     lengths: NDArray[np.integer],
     items: NDArray[np.integer],
-    targets: NDArray[np.integer] | None,
     *,
     rows: int,
     capacity: int,
     count_from_newest: bool = False,
-) -> Rows:
+) -> tuple[Rows, NDArray[np.int64]]:
     """Writes the sequences into `rows` rows of `capacity` slots.
 
     Args:
       placement: from `place`.
       lengths: int[sequences].
       items: the sequences' items, one after the other.
-      targets: the next item of every event, in the same order; zeros where there is none.
       rows: at least `placement.rows`; the rest stays padding, so that shapes are static.
       capacity: slots of a row.
       count_from_newest: positions count back from the newest event instead of from the oldest.
+
+    Returns:
+      The rows, and the flat slot of every event in the order of `items`.
     """
     slot, index = slots(placement, lengths, capacity)
 
@@ -111,10 +111,10 @@ def fill(
     segment_ids = column(np.repeat(placement.segment, lengths))
     if count_from_newest:
         index = np.repeat(lengths, lengths) - 1 - index
-    return Rows(
+    filled = Rows(
         items=column(items),
-        targets=column(targets) if targets is not None else np.zeros_like(segment_ids),
         valid=segment_ids > 0,
         segment_ids=segment_ids,
         positions=column(index),
     )
+    return filled, slot

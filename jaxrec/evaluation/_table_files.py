@@ -26,6 +26,7 @@ FORMATS: dict[str, str | None] = {
     ".parquet": None,
     ".pq": None,
 }
+_LONGEST_HEADER = 1 << 20
 _SPOILT = re.compile(r"Row #(\d+): (?:Expected (\d+) columns, got (\d+))?")
 
 
@@ -205,8 +206,10 @@ def _spoilt_row(message: str) -> str:
 def _csv_names(path: Path, delimiter: str) -> list[str]:
     opener: Any = gzip.open if path.name.lower().endswith(".gz") else open
     try:
-        with opener(path, "rt", encoding="utf-8-sig", newline="") as stream:
-            row = next(csv.reader(stream, delimiter=delimiter), None)
+        # One line of bytes: text would be decoded, and could fail, beyond the header.
+        with opener(path, "rb") as stream:
+            line = stream.readline(_LONGEST_HEADER).decode("utf-8-sig")
+        row = next(csv.reader([line], delimiter=delimiter), None)
     except UnicodeDecodeError:
         raise UserError(f"{path}: is not UTF-8 text") from None
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:

@@ -221,6 +221,10 @@ def evaluate_ranked(
         notes.append(f"{short} lists hold fewer than {max(ks)} items")
     if others:
         notes.append(f"{others} users of the file have no target and are left out")
+    if not result[f"hr@{max(ks)}"]:
+        notes.append(
+            "no list names a target: lists made from whole histories leave the targets out as seen"
+        )
     if result.seen_listed:
         notes.append(f"{result.seen_listed} listed items stand in the history of their user")
     return replace(result, notes=tuple(notes))

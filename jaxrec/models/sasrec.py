@@ -192,7 +192,9 @@ class SASRec(nnx.Module):
         x = maybe_dropout(x, config.dropout, keys)
         masks = {"valid": valid, "segment_ids": segment_ids}
         masks["positions"] = (
-            self._end_aligned(valid, segment_ids, positions) if self._has_full_kernel() else positions
+            self._end_aligned(valid, segment_ids, positions)
+            if self._has_full_kernel()
+            else positions
         )
         for block in self.blocks:
             x = block(x, keys, **masks)

@@ -1,5 +1,11 @@
 """The core: pure functions over arrays. Needs JAX alone."""
 
+from jaxrec.ops._attention_decode import (
+    PositionalKernelState,
+    positional_kernel_prefill,
+    positional_kernel_step,
+)
+from jaxrec.ops._attention_positions import segment_positions
 from jaxrec.ops.attention import causal_attention
 from jaxrec.ops.dropout import dropout
 from jaxrec.ops.linear_cross_entropy import linear_cross_entropy, mean_linear_cross_entropy
@@ -11,12 +17,16 @@ from jaxrec.ops.positional_kernel import (
 from jaxrec.ops.top_k import top_k_items
 
 __all__ = [
+    "PositionalKernelState",
     "causal_attention",
     "dropout",
     "init_positional_kernel",
     "linear_cross_entropy",
     "mean_linear_cross_entropy",
     "positional_kernel_attention",
+    "positional_kernel_prefill",
+    "positional_kernel_step",
     "positional_mix",
+    "segment_positions",
     "top_k_items",
 ]

@@ -17,8 +17,6 @@ from jaxrec.ops._checks import statistics_dtype
 from jaxrec.ops._manual_axes import vary_together
 from jaxrec.ops._masking import MASKED, masked_logits, visible
 
-BLOCK = 256
-
 
 class Tiling(NamedTuple):
     """A row cut into `count` blocks of `size`, and which pairs of blocks meet."""
@@ -50,7 +48,7 @@ def join_heads(x: Array, length: int) -> Array:
     return x[:, :length]
 
 
-def tile(length: int, valid: Array | None, segment_ids: Array | None, size: int = BLOCK) -> Tiling:
+def tile(length: int, valid: Array | None, segment_ids: Array | None, size: int) -> Tiling:
     count = -(-length // size)
     index = jnp.arange(count)
     first, last = jnp.zeros_like(index), jnp.full_like(index, count - 1)
@@ -118,7 +116,7 @@ def forward(
     options: Any, inputs: Any
 ) -> tuple[Float[Array, "batch length heads value_dim"], Float[Array, "batch heads length"]]:
     batch, length, heads, _ = inputs.query.shape
-    tiling = tile(length, inputs.valid, inputs.segment_ids)
+    tiling = tile(length, inputs.valid, inputs.segment_ids, options.block)
     q, k, v = (cut_heads(x, tiling) for x in (inputs.query, inputs.key, inputs.value))
     stat = statistics_dtype(q.dtype)
 
@@ -159,7 +157,7 @@ def backward(
     d_out: Float[Array, "batch length heads value_dim"],
 ) -> tuple[Array, Array, Array]:
     length = inputs.query.shape[1]
-    tiling = tile(length, inputs.valid, inputs.segment_ids)
+    tiling = tile(length, inputs.valid, inputs.segment_ids, options.block)
     q, k, v, o, g = (
         cut_heads(x, tiling) for x in (inputs.query, inputs.key, inputs.value, out, d_out)
     )

@@ -11,11 +11,15 @@ from jaxrec.ops import _attention_blockwise, _attention_dense, _manual_axes
 from jaxrec.ops._masking import clean
 
 
+_BLOCKWISE_FROM, _BLOCK = 1024, 256
+
+
 class Options(NamedTuple):
     """Static arguments."""
 
     scale: float
     dropout_rate: float
+    block: int | None  # side of a tile; None: the dense form
 
 
 class Inputs(NamedTuple):
@@ -35,12 +39,13 @@ class Residuals(NamedTuple):
     log_sum_exp: Float[Array, "batch heads length"]
 
 
-# From here on nothing of size [length, length] is formed.
-BLOCKWISE_FROM = 1024
+def block_for(length: int) -> int | None:
+    """From 1024 on nothing of size [length, length] is formed."""
+    return _BLOCK if length >= _BLOCKWISE_FROM else None
 
 
-def _form(length: int) -> Any:
-    return _attention_blockwise if length >= BLOCKWISE_FROM else _attention_dense
+def _form(options: Options) -> Any:
+    return _attention_dense if options.block is None else _attention_blockwise
 
 
 def attend(options: Options, inputs: Inputs) -> Float[Array, "batch length heads value_dim"]:
@@ -63,14 +68,14 @@ def _clean_inputs(inputs: Inputs) -> Inputs:
 
 
 def _forward(options: Options, inputs: Inputs) -> tuple[Array, Residuals]:
-    out, lse = _form(inputs.query.shape[1]).forward(options, _clean_inputs(inputs))
+    out, lse = _form(options).forward(options, _clean_inputs(inputs))
     out = clean(out, inputs.valid)
     return out, Residuals(inputs, out, lse)
 
 
 def _backward(options: Options, residuals: Residuals, d_out: Array) -> tuple[Inputs]:
     inputs = residuals.inputs
-    gradients = _form(inputs.query.shape[1]).backward(
+    gradients = _form(options).backward(
         options,
         _clean_inputs(inputs),
         residuals.out,

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxrec.ops import _attention_mix
+from jaxrec.ops._attention_core import block_for
 from jaxrec.ops._checks import check_float
 
 Structure = Literal["identity", "toeplitz", "full"]
@@ -111,6 +112,6 @@ def apply(
         return x
     if factor.structure == "toeplitz":
         positions = None
-    options = _attention_mix.Options(factor.structure, factor.upper)
+    options = _attention_mix.Options(factor.structure, factor.upper, block_for(x.shape[1]))
     inputs = _attention_mix.Inputs(factor.kernel, x, valid, segment_ids, positions)
     return _attention_mix.mix(options, inputs)

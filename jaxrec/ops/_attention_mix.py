@@ -11,7 +11,6 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxrec.ops import _attention_blockwise as _blockwise
 from jaxrec.ops import _attention_mix_blockwise, _attention_mix_dense, _attention_mix_lags
 from jaxrec.ops import _attention_mix_tables as _tables
-from jaxrec.ops._attention_core import BLOCKWISE_FROM
 from jaxrec.ops._checks import statistics_dtype
 from jaxrec.ops._manual_axes import vary_together
 from jaxrec.ops._masking import clean
@@ -22,6 +21,7 @@ class Options(NamedTuple):
 
     structure: str  # "toeplitz" or "full"
     upper: bool  # a full factor is U, to be transposed
+    block: int | None  # side of a tile; None: the dense form
 
 
 class Inputs(NamedTuple):
@@ -88,9 +88,9 @@ def _form(options: Options, inputs: Inputs) -> _Form:
     band = min(inputs.kernel.shape[-1], length) if toeplitz else length
     if toeplitz and band <= _attention_mix_lags.MOST_LAGS:
         return _lags(inputs, band)
-    if length >= BLOCKWISE_FROM:
-        return _long(options, inputs, band)
-    return _short(options, inputs, band)
+    if options.block is None:
+        return _short(options, inputs, band)
+    return _long(options, inputs, options.block, band)
 
 
 def _as_statistics(inputs: Inputs, kernel: Array) -> Array:
@@ -128,9 +128,9 @@ def _short(options: Options, inputs: Inputs, band: int) -> _Form:
     )
 
 
-def _long(options: Options, inputs: Inputs, band: int) -> _Form:
+def _long(options: Options, inputs: Inputs, block: int, band: int) -> _Form:
     length = inputs.x.shape[1]
-    tiling = _blockwise.tile(length, None, inputs.segment_ids)
+    tiling = _blockwise.tile(length, None, inputs.segment_ids, block)
     side = tiling.size * tiling.count
 
     def table(kernel: Array) -> Array:

@@ -128,9 +128,7 @@ def forward(operator: Shared | Placed, x: Array, band: int) -> Array:
     return jnp.concatenate(outs, axis=2)
 
 
-def backward(
-    operator: Shared | Placed, x: Array, d_out: Array, band: int
-) -> tuple[Array, Array]:
+def backward(operator: Shared | Placed, x: Array, d_out: Array, band: int) -> tuple[Array, Array]:
     """Gradients of the table and of the input."""
     cut = blocks(x.shape[2], band)
     parts, d_cols = [], []

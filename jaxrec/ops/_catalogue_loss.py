@@ -54,10 +54,15 @@ class Gradients(NamedTuple):
 
 
 class Statistics(NamedTuple):
-    """Of each position over some items: the largest logit, and sum exp(logit - largest)."""
+    """Of each position, over some of the items.
 
-    largest: jax.Array
-    total: jax.Array
+    Statistics of disjoint sets of items combine (`combine`), whichever device or block they came
+    from; the label belongs to one of the sets and contributes zero in the others.
+    """
+
+    largest: jax.Array  # max_v l_pv, or an upper bound
+    total: jax.Array  # sum_v exp(l_pv - largest)
+    target: jax.Array  # l_p,y_p
 
 
 def clean(
@@ -93,14 +98,35 @@ def _finite_or_zero(largest: jax.Array) -> jax.Array:
     return jnp.where(largest == -jnp.inf, _F32(0), largest)
 
 
-def block_statistics(logits: jax.Array, fresh: jax.Array | None = None) -> Statistics:
-    """Statistics of one block of logits; `fresh` marks the items that count."""
-    # Items that do not count may still set the largest logit: any upper bound will do.
-    largest = _finite_or_zero(logits.max(1))
-    weights = jnp.exp(logits - largest[:, None])
+def _pick(logits: jax.Array, columns: jax.Array) -> jax.Array:
+    """logits[p, columns[p]], and 0 where the column is outside."""
+    inside = (columns >= 0) & (columns < logits.shape[1])
+    safe = jnp.where(inside, columns, jnp.int32(0))
+    return jnp.where(inside, jnp.take_along_axis(logits, safe[:, None], 1)[:, 0], _F32(0))
+
+
+def block_statistics(
+    logits: jax.Array, label_columns: jax.Array, fresh: jax.Array | None = None
+) -> Statistics:
+    """Statistics of one block of logits.
+
+    Args:
+      logits: float32[positions, items].
+      label_columns: int32[positions], the label's column in this block; anything outside of it
+        where the label is elsewhere.
+      fresh: bool[items], which items count; `None`: all of them.
+    """
+    # Items that do not count may set `largest`: an upper bound is enough.
+    largest = logits.max(1)
+    shifted = logits - _finite_or_zero(largest)[:, None]
     if fresh is not None:
-        weights = jnp.where(fresh[None, :], weights, _F32(0))
-    return Statistics(largest, weights.sum(1))
+        # A row that is added is cheaper than a mask of the block.
+        shifted = shifted + jnp.where(fresh, _F32(0), _F32(-jnp.inf))[None, :]
+    target = _pick(logits, label_columns)
+    if fresh is not None:
+        counted = fresh[jnp.clip(label_columns, 0, fresh.shape[0] - 1)]
+        target = jnp.where(counted, target, _F32(0))
+    return Statistics(largest, jnp.exp(shifted).sum(1), target)
 
 
 def combine(a: Statistics, b: Statistics) -> Statistics:
@@ -108,43 +134,41 @@ def combine(a: Statistics, b: Statistics) -> Statistics:
     largest = jnp.maximum(a.largest, b.largest)
     shift = _finite_or_zero(largest)
     total = a.total * jnp.exp(a.largest - shift) + b.total * jnp.exp(b.largest - shift)
-    return Statistics(largest, total)
+    return Statistics(largest, total, a.target + b.target)
 
 
-def log_sum_exp(problem: Problem, blocks: Blocks) -> jax.Array:
-    """float32[P]: log sum_v exp(l_pv)."""
+def statistics(problem: Problem, blocks: Blocks) -> Statistics:
+    """First of the two passes: statistics of all positions over all items."""
     hidden, table, bias = problem.hidden, problem.table, problem.bias
     items = table.shape[0]
 
-    def positions(rows: _catalogue.Rows, result: jax.Array) -> jax.Array:
-        h = rows.take(hidden)
+    def positions(rows: _catalogue.Rows, carry: Statistics) -> Statistics:
+        h, labels = rows.take(hidden), rows.take(problem.labels)
 
-        def one(columns: _catalogue.Rows) -> Statistics:
+        def one(columns: _catalogue.Rows, inner: Statistics) -> Statistics:
             logits = _logits(h, columns.take(table), None if bias is None else columns.take(bias))
-            return block_statistics(logits, None if blocks.items >= items else columns.fresh)
+            fresh = None if blocks.items >= items else columns.fresh
+            return combine(inner, block_statistics(logits, labels - columns.start, fresh))
 
-        zero = jnp.zeros_like(rows.take(result))
-        stats = _catalogue.over_rows(
-            items,
-            blocks.items,
-            lambda columns, carry: combine(carry, one(columns)),
-            Statistics(zero - _F32(jnp.inf), zero),
-        )
-        return rows.put(result, stats.largest + jnp.log(stats.total))
+        zero = jnp.zeros_like(rows.take(carry.total))
+        none = Statistics(zero - _F32(jnp.inf), zero, zero)
+        found = _catalogue.over_rows(items, blocks.items, one, none)
+        return Statistics(*map(rows.put, carry, found))
 
     empty = jnp.zeros_like(hidden[:, 0], dtype=_F32)
-    return _catalogue.over_rows(hidden.shape[0], blocks.positions, positions, empty)
+    start = Statistics(empty, empty, empty)
+    return _catalogue.over_rows(hidden.shape[0], blocks.positions, positions, start)
 
 
-def losses(problem: Problem, lse: jax.Array, smoothing: float) -> jax.Array:
-    """float32[P] from log-sum-exp; 0 where invalid, NaN where the label is bad."""
-    h = problem.hidden.astype(_F32)
-    target = (h * problem.table[problem.labels].astype(_F32)).sum(1)
-    if problem.bias is not None:
-        target = target + problem.bias[problem.labels]
+def log_sum_exp(stats: Statistics) -> jax.Array:
+    return _finite_or_zero(stats.largest) + jnp.log(stats.total)
+
+
+def losses(problem: Problem, lse: jax.Array, target: jax.Array, smoothing: float) -> jax.Array:
+    """float32[P]; 0 where invalid, NaN where the label is bad."""
     value = lse - _F32(1 - smoothing) * target
     if smoothing:
-        mean = (h * _mean_row(problem.table)[None, :]).sum(1)
+        mean = (problem.hidden.astype(_F32) * _mean_row(problem.table)[None, :]).sum(1)
         if problem.bias is not None:
             mean = mean + problem.bias.mean()
         value = value - _F32(smoothing) * mean
@@ -202,10 +226,20 @@ def gradients(
     return _catalogue.over_rows(table.shape[0], blocks.items, items, start)
 
 
+class _Sums(NamedTuple):
+    """What one pass over the blocks of positions fills in and adds up."""
+
+    lse: jax.Array
+    target: jax.Array
+    hidden: jax.Array
+    table: jax.Array  # transposed: [D, V]
+    bias: jax.Array | None
+
+
 def value_and_gradients(
     problem: Problem, g: jax.Array, smoothing: float, block: int
-) -> tuple[jax.Array, Gradients]:
-    """Log-sum-exp and, for cotangents `g` known beforehand, the gradients, in one pass.
+) -> tuple[jax.Array, jax.Array, Gradients]:
+    """Log-sum-exp, the label's logit, and the gradients for `g` known beforehand, in one pass.
 
     `block` counts positions; every block sees the whole catalogue. `g` is zero where invalid.
     """
@@ -213,32 +247,30 @@ def value_and_gradients(
     dtype = hidden.dtype
     h32 = hidden.astype(_F32)
 
-    class Carry(NamedTuple):
-        lse: jax.Array
-        hidden: jax.Array
-        table: jax.Array  # transposed: [D, V]
-        bias: jax.Array | None
-
-    def positions(rows: _catalogue.Rows, carry: Carry) -> Carry:
+    def positions(rows: _catalogue.Rows, carry: _Sums) -> _Sums:
         logits = _logits(rows.take(hidden), table, bias)
+        target = _pick(logits, rows.take(labels))
         largest = _finite_or_zero(logits.max(1))
         weights = jnp.exp(logits - largest[:, None])
         total = weights.sum(1)
         total = jnp.where(rows.take(problem.bad), _F32(jnp.nan), total)
-        gain = (rows.take_fresh(g) / total)[:, None]
-        d_bias = None if carry.bias is None else carry.bias + _dot(gain, weights, (0, 0))[0]
+        share = (rows.take(g) / total)[:, None]
+        fresh = (rows.take_fresh(g) / total)[:, None]
+        d_bias = None if carry.bias is None else carry.bias + _dot(fresh, weights, (0, 0))[0]
         weights = weights.astype(dtype)
-        rescale = (rows.take(g) / total)[:, None]
-        return Carry(
+        return _Sums(
             rows.put(carry.lse, largest + jnp.log(total)),
-            rows.put(carry.hidden, rescale * _dot(weights, table, (1, 0))),
+            rows.put(carry.target, target),
+            rows.put(carry.hidden, share * _dot(weights, table, (1, 0))),
             # [D, V] rather than [V, D]: on CPU the block of weights is then never transposed.
-            carry.table + _dot((gain * rows.take(h32)).astype(dtype), weights, (0, 0)),
+            carry.table + _dot((fresh * rows.take(h32)).astype(dtype), weights, (0, 0)),
             d_bias,
         )
 
-    start = Carry(
-        jnp.zeros_like(h32[:, 0]),
+    empty = jnp.zeros_like(h32[:, 0])
+    start = _Sums(
+        empty,
+        empty,
         jnp.zeros_like(h32),
         jnp.zeros_like(table.T, dtype=_F32),
         None if bias is None else jnp.zeros_like(bias),
@@ -254,4 +286,4 @@ def value_and_gradients(
         d_hidden = d_hidden - _F32(smoothing) * g[:, None] * _mean_row(table)[None, :]
         d_table = d_table - spread * gh.sum(0)[None, :]
         d_bias = None if d_bias is None else d_bias - spread * g.sum()
-    return end.lse, Gradients(d_hidden, d_table, d_bias)
+    return end.lse, end.target, Gradients(d_hidden, d_table, d_bias)

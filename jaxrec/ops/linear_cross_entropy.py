@@ -117,8 +117,10 @@ def _losses(options: _Options, *arguments: Any) -> jax.Array:
 
 def _losses_forward(options: _Options, *arguments: Any) -> tuple[jax.Array, Any]:
     problem = _catalogue_loss.clean(*arguments)
-    lse = _catalogue_loss.log_sum_exp(problem, options.blocks)
-    return _catalogue_loss.losses(problem, lse, options.smoothing), (arguments, lse)
+    stats = _catalogue_loss.statistics(problem, options.blocks)
+    lse = _catalogue_loss.log_sum_exp(stats)
+    losses = _catalogue_loss.losses(problem, lse, stats.target, options.smoothing)
+    return losses, (arguments, lse)
 
 
 def _losses_backward(options: _Options, residuals: Any, g: jax.Array) -> tuple[Any, ...]:
@@ -198,10 +200,10 @@ def _mean_forward(options: _Options, *operands: Any) -> tuple[jax.Array, Any]:
     *arguments, weights = operands
     problem = _catalogue_loss.clean(*arguments)
     w, total = _normalised(weights, problem.valid)
-    lse, grads = _catalogue_loss.value_and_gradients(
+    lse, target, grads = _catalogue_loss.value_and_gradients(
         problem, w, options.smoothing, options.blocks.positions
     )
-    values = _catalogue_loss.losses(problem, lse, options.smoothing)
+    values = _catalogue_loss.losses(problem, lse, target, options.smoothing)
     mean = (w * values).sum()
     return mean, (operands, grads, values - mean, total)
 

@@ -5,120 +5,26 @@ from typing import Any, Literal
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxrec.ops import _attention_factors as _factors
+from jaxrec.ops import _attention_mix_tables as _tables
+from jaxrec.ops._attention_factors import Structure, Structures
+from jaxrec.ops._attention_positions import segment_positions
 from jaxrec.ops._checks import (
     check_dropout,
     check_float,
     check_int_rows,
     check_qkv,
+    check_rank,
     check_scale,
     check_valid,
-    statistics_dtype,
 )
-from jaxrec.ops._dispatch import choose
+from jaxrec.ops._dispatch import Implementation, choose
+from jaxrec.ops._masking import clean
 from jaxrec.ops.attention import causal_attention
 
-Structure = Literal["identity", "toeplitz", "full"]
-_STRUCTURES = ("identity", "toeplitz", "full")
-_NO_KERNEL = "there is no Pallas kernel for this op yet"
-
-
-def _resolve(
-    op: str, name: str, kernel: Array | None, structure: str | None, length: int, heads: int
-) -> str:
-    if structure is not None and structure not in _STRUCTURES:
-        raise ValueError(f"{op}: structure must be one of {_STRUCTURES} or None, got {structure!r}")
-    if kernel is None:
-        return "identity"
-    check_float(op, name, kernel)
-    shape = kernel.shape
-    taps = kernel.ndim == 1 or (kernel.ndim == 2 and shape[0] == heads)
-    full = kernel.ndim in (2, 3) and shape[-1] == shape[-2]
-    if kernel.ndim == 3:
-        full = full and shape[0] == heads
-    if structure is None:
-        if taps and full:
-            raise ValueError(
-                f"{op}: {name} of shape {shape} can be taps [heads, w] or a full factor [n, n]; "
-                "give structure='toeplitz' or 'full'"
-            )
-        structure = "toeplitz" if taps else "full"
-    ok = {"identity": False, "toeplitz": taps, "full": full}[structure]
-    if not ok or shape[-1] == 0:
-        raise ValueError(
-            f"{op}: {name} of shape {shape} does not fit structure={structure!r} with "
-            f"{heads} heads: taps are [w] or [heads, w], a full factor is [n, n] or [heads, n, n], "
-            "the identity is None"
-        )
-    return structure
-
-
-def _operator(
-    kernel: Array, structure: str, length: int, *, upper: bool
-) -> Float[Array, "... length length"]:
-    """Lower-triangular [n, n] (or [heads, n, n]) matrix that mixes along the sequence."""
-    index = jnp.arange(length)
-    lag = index[:, None] - index[None, :]
-    if structure == "toeplitz":
-        width = kernel.shape[-1]
-        inside = (lag >= 0) & (lag < width)
-        taken = jnp.take(kernel, jnp.clip(lag, 0, width - 1), axis=-1)
-        return jnp.where(inside, taken, jnp.zeros((), kernel.dtype))
-    if upper:
-        kernel = jnp.swapaxes(kernel, -1, -2)
-    return jnp.where(lag >= 0, kernel[..., :length, :length], jnp.zeros((), kernel.dtype))
-
-
-def positional_mix(
-    kernel: Float[Array, "..."] | None,
-    x: Float[Array, "batch length heads head_dim"],
-    *,
-    structure: Structure | None = None,
-    upper: bool = False,
-    valid: Bool[Array, "batch length"] | None = None,
-    segment_ids: Int[Array, "batch length"] | None = None,
-    positions: Int[Array, "batch length"] | None = None,
-) -> Float[Array, "batch length heads head_dim"]:
-    """Causal mix along the sequence: `out[j] = sum_{k <= j} T[j, k] x[k]`."""
-    op = "positional_mix"
-    batch, length, heads, _ = x.shape
-    structure_ = _resolve(op, "kernel", kernel, structure, length, heads)
-    if valid is not None:
-        x = jnp.where(valid[:, :, None, None], x, jnp.zeros((), x.dtype))
-    if kernel is None or structure_ == "identity":
-        return x
-    stat = statistics_dtype(x.dtype)
-    per_head = kernel.ndim == (2 if structure_ == "toeplitz" else 3)
-    size = kernel.shape[-1]
-    if structure_ == "full" and size < length and positions is None:
-        raise ValueError(
-            f"{op}: a full factor of size {size} is shorter than the sequence ({length})"
-        )
-    same = None
-    if segment_ids is not None:
-        same = segment_ids[:, :, None] == segment_ids[:, None, :]
-    if structure_ == "full" and (positions is not None or segment_ids is not None):
-        if positions is None:
-            assert same is not None
-            live = same if valid is None else same & valid[:, None, :]
-            index = jnp.arange(length, dtype=jnp.int32)
-            first = jnp.min(jnp.where(live, index[None, None, :], length), axis=2)
-            positions = jnp.maximum(index[None, :] - first, 0)
-        table = jnp.swapaxes(kernel, -1, -2) if upper else kernel
-        table = jnp.tril(table)
-        causal = jnp.tril(jnp.ones((length, length), bool))
-        inside = (positions >= 0) & (positions < size)
-        ok = causal[None] & inside[:, :, None] & inside[:, None, :]
-        pos = jnp.clip(positions, 0, size - 1)
-        matrix = table[..., pos[:, :, None], pos[:, None, :]]  # [(heads,) batch, n, n]
-        matrix = jnp.where(ok if same is None else ok & same, matrix, jnp.zeros((), kernel.dtype))
-        subscripts = "hbjk,bkhe->bjhe" if per_head else "bjk,bkhe->bjhe"
-    else:
-        matrix = _operator(kernel, structure_, length, upper=upper)
-        subscripts = "hjk,bkhe->bjhe" if per_head else "jk,bkhe->bjhe"
-        if same is not None:
-            matrix = jnp.where(same, jnp.expand_dims(matrix, -3), jnp.zeros((), kernel.dtype))
-            subscripts = "hbjk,bkhe->bjhe" if per_head else "bjk,bkhe->bjhe"
-    return jnp.einsum(subscripts, matrix.astype(stat), x.astype(stat)).astype(x.dtype)
+_NO_KERNEL = "there is no Pallas kernel of this op yet"
+# Power-law taps below this are cut off.
+_LEAST_TAP = 1e-6
 
 
 def positional_kernel_attention(
@@ -128,7 +34,7 @@ def positional_kernel_attention(
     logit_kernel: Float[Array, "..."] | None,
     value_kernel: Float[Array, "..."] | None,
     *,
-    structure: Structure | tuple[Structure | None, Structure | None] | None = None,
+    structure: Structures = None,
     tie: bool = False,
     valid: Bool[Array, "batch length"] | None = None,
     segment_ids: Int[Array, "batch length"] | None = None,
@@ -136,48 +42,156 @@ def positional_kernel_attention(
     scale: float | None = None,
     dropout_rate: float = 0.0,
     dropout_key: Any = None,
-    implementation: str | None = None,
+    implementation: Implementation | None = None,
 ) -> Float[Array, "batch length heads value_dim"]:
-    """Causal attention whose logits and values are mixed along the sequence."""
+    """Causal softmax attention with a learned kernel over positions in the logits and the values.
+
+    `O = softmax(Q K^T scale U + M) (L V)` a head, with `U` upper triangular (`logit_kernel`), `L`
+    lower triangular (`value_kernel`) and `M` the causal mask. It is computed in the folded form
+
+    `K' = U^T K`,  `V' = L V`,  `O = causal_attention(Q, K', V')`,
+
+    since `S U = Q (U^T K)^T scale`: keys and values become learned causal mixtures of the events
+    before them, and `S U` is never formed. A Toeplitz factor has taps, `U[k, j] = u[j - k]` and
+    `L[j, k] = l[j - k]` for `0 <= j - k < width`, which makes the mix a causal convolution and
+    the result independent of where a sequence stands in its row. With both kernels `None` this is
+    `causal_attention`.
+
+    Args:
+      query, key: `[batch, length, heads, head_dim]`, float32 or bfloat16.
+      value: `[batch, length, heads, value_dim]`, float32 or bfloat16.
+      logit_kernel: `U`. `None` is the identity; `[width]` or `[heads, width]` are taps;
+        `[size, size]` or `[heads, size, size]` is a full factor, whose entries below the diagonal
+        are ignored and get a zero gradient. Taps beyond the width are zero.
+      value_kernel: `L`, likewise; the entries above the diagonal are ignored.
+      structure: `"identity"`, `"toeplitz"` or `"full"`, or a pair for `(logits, values)`; `None`
+        tells it from the shapes. It must be given for a rank-2 array that could be both
+        (`[heads, width]` with `heads == width`).
+      tie: `L = U^T`; `value_kernel` is `None`.
+      valid: `bool[batch, length]`. Invalid slots are read by nobody, whatever they hold, NaN
+        included, and give zeros.
+      segment_ids: `int[batch, length]`: several sequences in one row. Neither the mix nor the
+        attention crosses from one id to another.
+      positions: `int[batch, length]`, where each slot stands in a full factor; Toeplitz factors
+        do not read it. `None`: the slot's index in the row, or with `segment_ids` its distance
+        from the first valid slot of its segment (`segment_positions`). Positions outside the
+        factor see a zero kernel. Positions that count from the newest event move all others with
+        every new event: such a model can be evaluated, but has no exact decode step.
+      scale: factor of the logits; `None` is `1 / sqrt(head_dim)`.
+      dropout_rate: probability in [0, 1) that an attention weight is dropped. Kernels are not.
+      dropout_key: JAX random key, needed when the rate is positive (`causal_attention`).
+      implementation: `"xla"`, `"pallas"`, or `None` for the best that runs.
+
+    Returns:
+      `[batch, length, heads, value_dim]` in the dtype of `value`. The mix accumulates in float32.
+
+    Raises:
+      ValueError: wrong ranks, shapes or dtypes; a kernel that fits no structure, or two; a full
+        factor shorter than the sequence and no positions; dropout without a key; a forced
+        implementation that cannot run.
+
+    Cost: attention `4 n^2 d` FLOPs a head and sequence, halved by causality, and as much again for
+    each factor (`2 n w d` for a band of `w`). Memory beside the attention's: two mixed arrays of
+    the input's size; for short packed rows also one `[batch, n, n]` masked operator a factor; no
+    `[n, n]` beyond a full factor's own size from length 1024 on. Reverse mode only.
+
+    Source: Nabiev and Frolov, "Position-Aware Sequential Attention for Accurate Next Item
+    Recommendations", arXiv 2602.21052. The paper's equation was not at hand; this is the reading
+    that is causal, uses both factors in the order named there, and gives one kernel `C = U L`
+    without the softmax.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> x = jax.random.normal(jax.random.key(0), (2, 5, 1, 4))
+      >>> taps = jnp.array([1.0, 0.5])  # an event and, half as much, the one before it
+      >>> positional_kernel_attention(x, x, x, taps, taps).shape
+      (2, 5, 1, 4)
+    """
     op = "positional_kernel_attention"
     check_qkv(op, query, key, value)
     check_valid(op, valid, query.shape[:2])
     check_int_rows(op, "segment_ids", segment_ids, query.shape[:2])
     check_int_rows(op, "positions", positions, query.shape[:2])
     scale = check_scale(op, scale, query.shape[3])
-    rate = check_dropout(op, dropout_rate, dropout_key)
+    check_dropout(op, dropout_rate, dropout_key)
+    logits, values = _factors.factors(
+        op, logit_kernel, value_kernel, structure, tie, heads=query.shape[2]
+    )
+    for name, factor in (("logit_kernel", logits), ("value_kernel", values)):
+        if positions is None:
+            _factors.check_reach(op, name, factor, query.shape[1])
     choose(op, implementation, _NO_KERNEL)
-    first, second = structure if isinstance(structure, tuple) else (structure, structure)
-    if tie and value_kernel is not None:
-        raise ValueError(f"{op}: tie=True uses logit_kernel for the values: give value_kernel=None")
-    key = positional_mix(
-        logit_kernel,
-        key,
-        structure=first,
-        upper=True,
-        valid=valid,
-        segment_ids=segment_ids,
-        positions=positions,
-    )
-    value = positional_mix(
-        logit_kernel if tie else value_kernel,
-        value,
-        structure=first if tie else second,
-        upper=tie,
-        valid=valid,
-        segment_ids=segment_ids,
-        positions=positions,
-    )
+    if positions is None and segment_ids is not None:
+        positions = segment_positions(segment_ids, valid=valid)
     return causal_attention(
         query,
-        key,
-        value,
+        _factors.apply(logits, key, valid, segment_ids, positions),
+        _factors.apply(values, value, valid, segment_ids, positions),
         valid=valid,
         segment_ids=segment_ids,
         scale=scale,
-        dropout_rate=rate,
+        dropout_rate=dropout_rate,
         dropout_key=dropout_key,
     )
+
+
+def positional_mix(
+    kernel: Float[Array, "..."] | None,
+    x: Float[Array, "batch length heads width"],
+    *,
+    structure: Structure | None = None,
+    upper: bool = False,
+    valid: Bool[Array, "batch length"] | None = None,
+    segment_ids: Int[Array, "batch length"] | None = None,
+    positions: Int[Array, "batch length"] | None = None,
+    implementation: Implementation | None = None,
+) -> Float[Array, "batch length heads width"]:
+    """Causal linear mix along the sequence, the building block of positional kernel attention.
+
+    `out[j] = sum_{k <= j} T[j, k] x[k]`, with `T[j, k] = taps[j - k]`, or `T = tril(L)`, or with
+    `upper` `T = triu(U)^T`. Other places of a kernel (on the output of an attention, on queries)
+    are one call of this.
+
+    Args:
+      kernel: `None` for the identity, taps `[width]` or `[heads, width]`, or a full factor
+        `[size, size]` or `[heads, size, size]`.
+      x: `[batch, length, heads, width]`, float32 or bfloat16.
+      structure: as in `positional_kernel_attention`.
+      upper: a full `kernel` is upper triangular and is applied transposed.
+      valid, segment_ids, positions: as in `positional_kernel_attention`.
+      implementation: `"xla"`, `"pallas"`, or `None` for the best that runs.
+
+    Returns:
+      The shape and dtype of `x`, accumulated in float32; zeros in invalid slots.
+
+    Raises:
+      ValueError: as `positional_kernel_attention`.
+
+    Cost: `2 n^2 d` FLOPs a head and sequence, halved by causality; `2 n w d` for a band of `w`.
+
+    Source: as `positional_kernel_attention`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> x = jnp.arange(1.0, 5.0)[None, :, None, None]
+      >>> positional_mix(jnp.array([1.0, -1.0]), x)[0, :, 0, 0].tolist()
+      [1.0, 1.0, 1.0, 1.0]
+    """
+    op = "positional_mix"
+    check_rank(op, "x", x, 4, "batch, length, heads, width")
+    check_float(op, "x", x)
+    check_valid(op, valid, x.shape[:2])
+    check_int_rows(op, "segment_ids", segment_ids, x.shape[:2])
+    check_int_rows(op, "positions", positions, x.shape[:2])
+    factor = _factors.factor(op, "kernel", kernel, structure, x.shape[2], upper=upper)
+    if positions is None:
+        _factors.check_reach(op, "kernel", factor, x.shape[1])
+    choose(op, implementation, _NO_KERNEL)
+    if factor.kernel is None:
+        return clean(x, valid)
+    if positions is None and segment_ids is not None:
+        positions = segment_positions(segment_ids, valid=valid)
+    return _factors.apply(factor, x, valid, segment_ids, positions)
 
 
 def init_positional_kernel(
@@ -190,15 +204,59 @@ def init_positional_kernel(
     power: float = 1.0,
     dtype: Any = jnp.float32,
 ) -> Array | None:
-    """Starting value of one factor: taps, a full factor, or `None` for the identity."""
+    """Starting value of one factor of a positional kernel.
+
+    `identity`: taps `(1, 0, ..., 0)` or the identity matrix, so that training starts from plain
+    causal attention. `powerlaw`: taps `(t + 1)^-power`, zero where below 1e-6.
+
+    Args:
+      structure: `"identity"` (no parameters), `"toeplitz"` (taps) or `"full"` (a matrix).
+      length: the longest sequence: size of a full factor, and default width of the taps.
+      band: number of taps, at most `length`; a full factor starts as the matrix of that band.
+      heads: one kernel a head; `None`: one kernel shared by all.
+      init: which start.
+      power: exponent of the power law.
+      dtype: of the parameters; keep float32.
+
+    Returns:
+      `None`, taps `[band]` or `[heads, band]`, or a factor `[length, length]` or
+      `[heads, length, length]`. A full power-law factor is filled symmetrically, so that the
+      same array serves as `U` and as `L`, which read one triangle each.
+
+    Raises:
+      ValueError: an unknown structure or start, or sizes that are not positive.
+
+    Source: the power law and its cut are those of the position weights in GA-SATF and LA-SATF
+    (Frolov and Oseledets, IEEE Access 2023).
+
+    Example:
+      >>> init_positional_kernel("toeplitz", 4).tolist()
+      [1.0, 0.0, 0.0, 0.0]
+      >>> init_positional_kernel("full", 2, init="powerlaw").tolist()
+      [[1.0, 0.5], [0.5, 1.0]]
+    """
+    op = "init_positional_kernel"
+    if structure not in _factors.STRUCTURES:
+        raise ValueError(f"{op}: structure must be one of {_factors.STRUCTURES}, got {structure!r}")
+    if init not in ("identity", "powerlaw"):
+        raise ValueError(f"{op}: init must be 'identity' or 'powerlaw', got {init!r}")
     width = length if band is None else band
-    lag = jnp.arange(width)
+    if length < 1 or not 1 <= width <= length or (heads is not None and heads < 1):
+        raise ValueError(
+            f"{op}: wants length >= 1, 1 <= band <= length and heads >= 1, "
+            f"got length={length}, band={band}, heads={heads}"
+        )
     if structure == "identity":
         return None
+    lag = jnp.arange(width)
     if init == "identity":
-        taps = (lag == 0).astype(dtype)
+        taps = (lag == 0).astype(jnp.float32)
     else:
         taps = (lag + 1).astype(jnp.float32) ** -jnp.float32(power)
-        taps = jnp.where(taps < 1e-6, jnp.float32(0), taps).astype(dtype)
-    kernel = taps if structure == "toeplitz" else _operator(taps, "toeplitz", length, upper=False)
-    return kernel if heads is None else jnp.tile(kernel[None], (heads,) + (1,) * kernel.ndim)
+        taps = jnp.where(taps < _LEAST_TAP, jnp.float32(0), taps)
+    kernel = taps
+    if structure == "full":
+        both = jnp.pad(taps, (0, length - width))
+        kernel = _tables.toeplitz(jnp.concatenate([both[:0:-1], both]))
+    kernel = kernel.astype(dtype)
+    return kernel if heads is None else jnp.tile(kernel, (heads,) + (1,) * kernel.ndim)

@@ -82,9 +82,7 @@ def train(
     iterator = training_iterator(batches, config.data.prefetch)
     validation = Evaluator(
         interactions,
-        sample_targets(
-            split.validation, config.evaluation.validation_users, config.training.seed
-        ),
+        sample_targets(split.validation, config.evaluation.validation_users, config.training.seed),
         Ranker(bind),
         ks=config.evaluation.ks,
         filter_seen=config.evaluation.filter_seen,
@@ -174,7 +172,10 @@ class _Loop:
         done = int(state.step)
         end = (loop.epoch + 1) * self.steps_per_epoch
         self.report.epoch(
-            loop.epoch + 1, config.epochs, self.steps_per_epoch, done - loop.epoch * self.steps_per_epoch
+            loop.epoch + 1,
+            config.epochs,
+            self.steps_per_epoch,
+            done - loop.epoch * self.steps_per_epoch,
         )
         in_flight: deque[Any] = deque()
         point, point_step = start, done

@@ -1,13 +1,13 @@
 """The folder a run lives in.
 
-    RUN/
-      config.json        the experiment, as trained (and jaxrec's version)
-      data.json          data set: name, hash, counts, split
-      items.parquet      item ids and titles by index: recommending needs no data set
-      metrics.jsonl      the curves, one JSON object a line
-      checkpoints/       best and last, by step
-      results.json       the results file, when the run has ended
-      tensorboard/       event files, if asked for
+RUN/
+  config.json        the experiment, as trained (and jaxrec's version)
+  data.json          data set: name, hash, counts, split
+  items.parquet      item ids and titles by index: recommending needs no data set
+  metrics.jsonl      the curves, one JSON object a line
+  checkpoints/       best and last, by step
+  results.json       the results file, when the run has ended
+  tensorboard/       event files, if asked for
 """
 
 import json

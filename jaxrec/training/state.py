@@ -36,9 +36,7 @@ class TrainState(NamedTuple):
     that step; -1 if the gradients were finite and only the loss was not."""
 
 
-def initial_state(
-    parameters: Parameters, optimizer: optax.GradientTransformation
-) -> TrainState:
+def initial_state(parameters: Parameters, optimizer: optax.GradientTransformation) -> TrainState:
     """The state before the first step."""
 
     # Distinct buffers: the state is donated, and a buffer can be given away only once.
@@ -128,10 +126,8 @@ def make_train_step(
     return jax.jit(step, donate_argnums=0)
 
 
-def sequence_loss(
-    loss: Callable[..., Array], **options: Any
-) -> LossFunction:
-    """A loss over [positions, width] states, applied to every slot of a batch of rows."""
+def sequence_loss(loss: Callable[..., Array], **options: Any) -> LossFunction:
+    """A loss over [positions, width] states, applied to the real events of a batch of rows."""
 
     def function(model: Any, batch: dict[str, Array], key: Array) -> Array:
         hidden = model.hidden(
@@ -141,12 +137,7 @@ def sequence_loss(
             positions=batch["positions"],
             key=key,
         )
-        return loss(
-            hidden.reshape(-1, hidden.shape[-1]),
-            model.item_table(),
-            batch["targets"].reshape(-1),
-            batch["valid"].reshape(-1),
-            **options,
-        )
+        states = hidden.reshape(-1, hidden.shape[-1])[batch["slots"]]
+        return loss(states, model.item_table(), batch["targets"], batch["target_valid"], **options)
 
     return function

@@ -111,7 +111,8 @@ def prepare(
             ratings, items = _through_tfds(entry, paths, scratch, progress)
     except DamagedArchive:
         if downloaded:  # a download without a known hash that proved to be cut off
-            pass
+            for path in paths.values():
+                path.unlink(missing_ok=True)
         raise
     if len(ratings["item"]) != entry.events:
         tell(
