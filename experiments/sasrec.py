@@ -6,6 +6,7 @@ Two blocks of width 64. Sequences are packed, so the length of 200 costs nothing
 short. The published numbers are those of leave-one-out with full ranking and seen items left out.
 """
 
+from jaxrec.models.config import SASRecConfig
 from jaxrec.training.config import (
     DataConfig,
     EvaluationConfig,
@@ -13,7 +14,6 @@ from jaxrec.training.config import (
     Published,
     TrainingConfig,
 )
-from jaxrec.models.config import SASRecConfig
 
 config = Experiment(
     name="sasrec",

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from jaxrec._fit import fit as fit
     from jaxrec.errors import UserError as UserError
-    from jaxrec.fit import fit as fit
     from jaxrec.serving.run import Run as Run
     from jaxrec.serving.run import load as load
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 _LAZY: dict[str, str] = {
     "UserError": "jaxrec.errors",
     "Run": "jaxrec.serving.run",
-    "fit": "jaxrec.fit",
+    "fit": "jaxrec._fit",
     "load": "jaxrec.serving.run",
 }
 

@@ -32,9 +32,9 @@ def main(words: Sequence[str]) -> int:
 def _run(arguments: Arguments, out: Path) -> int:
     from dataclasses import replace
 
+    from jaxrec._fit import fit
     from jaxrec.cli.recommend import print_list
     from jaxrec.evaluation.report import as_json, print_report
-    from jaxrec.fit import fit
     from jaxrec.models.config import SASRecConfig
     from jaxrec.training.config import DataConfig, Experiment, TrainingConfig
 

@@ -45,7 +45,7 @@ def main(words: Sequence[str]) -> int:
         config = replace(config, data=replace(config.data, name=arguments.data))
     config = check(parse(Experiment, rest, program="jaxrec train CONFIG.py", default=config))
 
-    from jaxrec.fit import fit
+    from jaxrec._fit import fit
     from jaxrec.training.interrupt import Interrupted
     from jaxrec.training.run_folder import read_json
 

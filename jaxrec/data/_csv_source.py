@@ -53,13 +53,13 @@ class CsvSource:
         )
         self._quote = options.quote_char
         self._share = 0.0
+        self.has_header = options.columns is None
         self._delimiter = ","
         if options.delimiter is not None:
             self._choose(_checked_delimiter(options.delimiter))
         first = self._first_records(1)
         if not first:
             raise UserError(f"{path}: the file is empty")
-        self.has_header = options.columns is None
         if options.delimiter is None:
             self._choose(self._found_delimiter(required, options.columns))
         records = self._first_records(2)
@@ -170,8 +170,6 @@ class CsvSource:
                 raise UserError(f"{self.path}: not a table of text ({error})") from None
             except (pa.ArrowException, OSError) as error:
                 self._explain_broken(error)
-            except UnicodeError:
-                self._explain_encoding()
         return found
 
     # -- reading
@@ -185,13 +183,13 @@ class CsvSource:
         return _Tap(raw, stream, replaced, (self._quote or "").encode())
 
     @contextmanager
-    def _reader(self, errors: str = "strict", strict: bool = False) -> Iterator[Any]:
+    def _reader(self, strict: bool = False) -> Iterator[Any]:
         encoding = "utf-8-sig" if self._encoding in ("utf-8", "utf8") else self._encoding
         limit = csv.field_size_limit(_CELL_LIMIT)
         tap = self._open()
         try:
             text = io.TextIOWrapper(
-                io.BufferedReader(tap, 1 << 16), encoding=encoding, errors=errors, newline=""
+                io.BufferedReader(tap, 1 << 16), encoding=encoding, errors="replace", newline=""
             )
             options: dict[str, Any] = {"delimiter": self._char, "strict": strict}
             if self._quote is None:
@@ -204,7 +202,7 @@ class CsvSource:
 
     def _data(self) -> Iterable[tuple[int, list[str]]]:
         """Data records, each with the number of its first line."""
-        with self._reader(errors="replace") as reader:
+        with self._reader() as reader:
             line = 1
             for fields in reader:
                 if fields and line > self._skipped_lines:
@@ -263,7 +261,7 @@ class CsvSource:
     def _refuse_open_quote(self) -> None:
         """Raises where the file ends inside a quoted field, which would swallow rows."""
         line = 1
-        with self._reader(errors="replace", strict=True) as reader:
+        with self._reader(strict=True) as reader:
             while True:
                 try:
                     next(reader)

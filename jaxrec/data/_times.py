@@ -130,9 +130,11 @@ def _numbers_of(
     if pa.types.is_date(kind):
         return "timestamps", _int64(column.cast(pa.timestamp("s"))), "s"
     if pa.types.is_integer(kind):
-        if pa.types.is_uint64(kind) and len(column) and pc.max(column).as_py() >= 2**63:
-            row = pc.index(pc.greater_equal(column, 2**63), True).as_py()
-            raise BadRow(row, name, f"{column[row]} is too large for a time")
+        if pa.types.is_uint64(kind):
+            huge = column.to_numpy() >= 2**63
+            if huge.any():
+                row = int(np.argmax(huge))
+                raise BadRow(row, name, f"{_shown(column, row)} is too large for a time")
         return "whole numbers", _int64(column.cast(pa.int64())), None
     if pa.types.is_floating(kind) or pa.types.is_decimal(kind):
         return "decimal numbers", column.cast(pa.float64()).to_numpy(zero_copy_only=False), None

@@ -49,10 +49,10 @@ def stratified_batches(
     count = len(lengths)
     # Random order first, so that a stable sort leaves equal lengths in random order.
     order = rng.permutation(count)
-    order = order[np.argsort(lengths[order], kind="stable")]
+    order = order[np.argsort(np.take(lengths, order), kind="stable")]
     # One row a stratum, shuffled within; a column is a batch.
     strata = math.ceil(count / batches)
-    grid = np.full(strata * batches, -1, np.int64)
+    grid: NDArray[np.int64] = np.full(strata * batches, -1, np.int64)
     grid[:count] = order
     grid = rng.permuted(grid.reshape(strata, batches), axis=1)
     dealt = [column[column >= 0] for column in grid.T]
@@ -202,7 +202,7 @@ class ContextBatch(NamedTuple):
     rows: Rows
     last: NDArray[np.int32]
     """int32[users]: flat slot of each sequence's newest event."""
-    index: NDArray[np.int64]
+    which: NDArray[np.int64]
     """int64[users]: which sequence each is, in the caller's order; fewer than `users` in the last
     batch, whose other slots of `last` are 0."""
 

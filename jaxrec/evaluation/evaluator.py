@@ -1,14 +1,13 @@
 """A model judged on a part of a split: full catalogue, its own lists, no sampling."""
 
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 from jax import Array
 from numpy.typing import NDArray
 
 from jaxrec.data.prepared import Interactions
-from jaxrec.data.splits import Split, Targets
+from jaxrec.data.splits import Targets
 from jaxrec.evaluation.metrics import ranking_metrics
 from jaxrec.evaluation.ranker import Contexts, Ranker
 
@@ -83,6 +82,3 @@ def sample_targets(targets: Targets, count: int, seed: int) -> Targets:
     rng = np.random.default_rng(seed)
     return targets.take(np.sort(rng.choice(len(targets), count, replace=False)))
 
-
-def part_of(split: Split, part: str) -> Any:
-    return {"validation": split.validation, "test": split.test}[part]

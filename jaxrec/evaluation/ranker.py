@@ -67,8 +67,8 @@ class Contexts:
         """Yields (which ranges, arrays for the model, seen items padded with -1)."""
         for chosen, width, batches in self._groups:
             for number in range(len(batches)):
-                rows, last, index = batches[number]
-                which = chosen[index]
+                rows, last, within = batches[number]
+                which = chosen[within]
                 lengths = self.stops[which] - self.starts[which]
                 seen = np.full((batches.batch_size, width), -1, np.int32)
                 owners = np.repeat(np.arange(len(which)), lengths)

@@ -1,10 +1,13 @@
 """Configs of the models: names and numbers only, no JAX."""
 
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from jaxrec.errors import UserError
 from jaxrec.registry import names
+
+
+Structure = Literal["identity", "toeplitz", "full"]
 
 
 @dataclass(frozen=True)
@@ -21,10 +24,10 @@ class ModelConfig:
 class PositionalKernelConfig:
     """The learned kernel over positions of one attention block."""
 
-    logits: str = "toeplitz"
-    """Structure of the factor on the attention logits: identity, toeplitz or full."""
-    values: str = "toeplitz"
-    """Structure of the factor on the values: identity, toeplitz or full."""
+    logits: Structure = "toeplitz"
+    """Structure of the factor on the attention logits."""
+    values: Structure = "toeplitz"
+    """Structure of the factor on the values."""
     band: int | None = None
     """Toeplitz: number of taps; none for the full length."""
     per_head: bool = False
@@ -33,7 +36,7 @@ class PositionalKernelConfig:
     """The value factor is the transpose of the logit factor."""
     shared: bool = False
     """All blocks share one kernel instead of each having its own."""
-    init: str = "identity"
+    init: Literal["identity", "powerlaw"] = "identity"
     """identity (position-free attention at step 0) or powerlaw."""
     power: float = 1.0
     """Exponent of the powerlaw initialisation."""
@@ -52,12 +55,12 @@ class SASRecConfig(ModelConfig):
     """On the input, the attention weights and the feed-forward layers."""
     feed_forward: int | None = None
     """Inner width of the feed-forward layers; none for the model's width."""
-    position: str = "additive"
-    """additive, kernel, additive+kernel, or none."""
-    position_order: str = "oldest"
+    position: Literal["additive", "kernel", "additive+kernel", "none"] = "additive"
+    """How the order of events enters: vectors at the input, a kernel in attention, both, not."""
+    position_order: Literal["oldest", "newest"] = "oldest"
     """Positions are counted from the oldest or from the newest event of the sequence."""
     kernel: PositionalKernelConfig = field(default_factory=PositionalKernelConfig)
-    residual: str = "normalized"
+    residual: Literal["normalized", "input"] = "normalized"
     """What attention is added to: the normalized query (the original) or the block's input."""
     output_projection: bool = True
     """A linear layer after attention, as the PyTorch ports have; the original has none."""
@@ -67,8 +70,8 @@ class SASRecConfig(ModelConfig):
     norm_epsilon: float = 1e-8
     init_scale: float = 0.02
     """Standard deviation of the normal initialisation."""
-    dtype: str = "float32"
-    """Of activations: float32 or bfloat16; parameters are float32."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of activations; parameters are float32."""
 
     def check(self) -> None:
         for name in ("width", "blocks", "heads"):
@@ -83,15 +86,11 @@ class SASRecConfig(ModelConfig):
             raise UserError(f"config: model.dropout must be in [0, 1), got {self.dropout}")
         if self.feed_forward is not None and self.feed_forward < 1:
             raise UserError(f"config: model.feed_forward must be positive, got {self.feed_forward}")
-        _one_of("position", self.position, ("additive", "kernel", "additive+kernel", "none"))
-        _one_of("position_order", self.position_order, ("oldest", "newest"))
-        _one_of("residual", self.residual, ("normalized", "input"))
-        _one_of("dtype", self.dtype, ("float32", "bfloat16"))
-        _one_of("activation", self.activation, tuple(names("activation")))
-        structures = ("identity", "toeplitz", "full")
-        _one_of("kernel.logits", self.kernel.logits, structures)
-        _one_of("kernel.values", self.kernel.values, structures)
-        _one_of("kernel.init", self.kernel.init, ("identity", "powerlaw"))
+        if self.activation not in names("activation"):
+            raise UserError(
+                f"config: unknown model.activation {self.activation!r}; known: "
+                f"{', '.join(names('activation'))}"
+            )
         if self.kernel.band is not None and self.kernel.band < 1:
             raise UserError(f"config: model.kernel.band must be positive, got {self.kernel.band}")
         if self.kernel.tie and self.kernel.logits != self.kernel.values:
@@ -100,7 +99,3 @@ class SASRecConfig(ModelConfig):
                 f"{self.kernel.logits} and {self.kernel.values}"
             )
 
-
-def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise UserError(f"config: model.{name} must be one of {', '.join(allowed)}, got {value!r}")

@@ -9,7 +9,7 @@ from jax import Array
 from jaxtyping import Bool, Float, Int
 
 from jaxrec import ops
-from jaxrec.models.config import PositionalKernelConfig, SASRecConfig
+from jaxrec.models.config import PositionalKernelConfig, SASRecConfig, Structure
 from jaxrec.models.layers import Keys, LayerNorm, Linear, activation_dtype, maybe_dropout
 from jaxrec.registry import resolve
 
@@ -18,7 +18,7 @@ class PositionalKernel(nnx.Module):
     """The two factors of a learned kernel over positions (`ops.positional_kernel_attention`)."""
 
     def __init__(self, config: PositionalKernelConfig, *, heads: int, length: int) -> None:
-        def factor(structure: str) -> nnx.Param | None:
+        def factor(structure: Structure) -> nnx.Param | None:
             if structure == "identity":
                 return None
             return nnx.Param(

@@ -19,14 +19,14 @@ from jaxrec.ops._masking import MASKED, masked_logits, visible
 
 
 class Tiling(NamedTuple):
-    """A row cut into `count` blocks of `size`, and which pairs of blocks meet."""
+    """A row cut into `blocks` pieces of `size`, and which pairs of blocks meet."""
 
     size: int
-    count: int
-    valid: Bool[Array, "count batch size"] | None
-    segments: Int[Array, "count batch size"] | None
-    first: Int[Array, " count"]  # of the key blocks that a query block meets
-    last: Int[Array, " count"]  # of the query blocks that a key block meets
+    blocks: int
+    valid: Bool[Array, "blocks batch size"] | None
+    segments: Int[Array, "blocks batch size"] | None
+    first: Int[Array, " blocks"]  # of the key blocks that a query block meets
+    last: Int[Array, " blocks"]  # of the query blocks that a key block meets
 
 
 def cut(x: Array, size: int, count: int, mode: str = "constant") -> Array:
@@ -39,7 +39,7 @@ def cut(x: Array, size: int, count: int, mode: str = "constant") -> Array:
 
 def cut_heads(x: Array, tiling: Tiling) -> Array:
     """[batch, length, heads, width] -> [count, batch, heads, size, width]."""
-    return jnp.swapaxes(cut(x, tiling.size, tiling.count), 2, 3)
+    return jnp.swapaxes(cut(x, tiling.size, tiling.blocks), 2, 3)
 
 
 def join_heads(x: Array, length: int) -> Array:
@@ -144,7 +144,7 @@ def forward(
         out = (acc / total[..., None].astype(acc.dtype)).astype(v.dtype)
         return None, (out, top + jnp.log(total))
 
-    _, (out, lse) = lax.scan(query_block, None, jnp.arange(tiling.count))
+    _, (out, lse) = lax.scan(query_block, None, jnp.arange(tiling.blocks))
     lse = jnp.moveaxis(lse, 0, 2).reshape(batch, heads, -1)[:, :, :length]
     return join_heads(out, length), lse
 
@@ -191,6 +191,6 @@ def backward(
         d_query, d_k, d_v = lax.fori_loop(j, tiling.last[j] + 1, query_block, start)
         return d_query, ((d_k * options.scale).astype(k.dtype), d_v.astype(v.dtype))
 
-    dq, (dk, dv) = lax.scan(key_block, zeros(q.shape, stat, q), jnp.arange(tiling.count))
+    dq, (dk, dv) = lax.scan(key_block, zeros(q.shape, stat, q), jnp.arange(tiling.blocks))
     dq = (dq * options.scale).astype(q.dtype)
     return join_heads(dq, length), join_heads(dk, length), join_heads(dv, length)

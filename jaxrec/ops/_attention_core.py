@@ -10,7 +10,6 @@ from jaxtyping import Array, Bool, Float, Int, UInt32
 from jaxrec.ops import _attention_blockwise, _attention_dense, _manual_axes
 from jaxrec.ops._masking import clean
 
-
 _BLOCKWISE_FROM, _BLOCK = 1024, 256
 
 

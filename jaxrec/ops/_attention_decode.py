@@ -1,6 +1,6 @@
 """Positional kernel attention one event at a time, with an explicit cache."""
 
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int

@@ -131,12 +131,12 @@ def _short(options: Options, inputs: Inputs, band: int) -> _Form:
 def _long(options: Options, inputs: Inputs, block: int, band: int) -> _Form:
     length = inputs.x.shape[1]
     tiling = _blockwise.tile(length, None, inputs.segment_ids, block)
-    side = tiling.size * tiling.count
+    side = tiling.size * tiling.blocks
 
     def table(kernel: Array) -> Array:
         kernel = _as_statistics(inputs, kernel)
         if options.structure == "toeplitz":
-            return _tables.taps_tiles(kernel[:, :length], tiling.size, tiling.count)
+            return _tables.taps_tiles(kernel[:, :length], tiling.size, tiling.blocks)
         triangle = _tables.triangle_table(kernel, upper=options.upper)
         if inputs.positions is not None:
             return triangle
@@ -149,7 +149,7 @@ def _long(options: Options, inputs: Inputs, block: int, band: int) -> _Form:
         if inputs.positions is None:
             return _attention_mix_blockwise.Sliced(table, tiling)
         # The slots behind the end get position -1, which lies outside every table.
-        positions = _blockwise.cut(inputs.positions + 1, tiling.size, tiling.count) - 1
+        positions = _blockwise.cut(inputs.positions + 1, tiling.size, tiling.blocks) - 1
         return _attention_mix_blockwise.Placed(table, positions, tiling)
 
     def cut(x: Array) -> Array:

@@ -101,7 +101,7 @@ def _within_segments(tiling: Tiling, i: Array, j: Array, part: Array) -> Array:
 
 def _reach(tiling: Tiling, band: int) -> int:
     """How many blocks back the band reaches."""
-    return min(tiling.count - 1, -(-(band - 1) // tiling.size))
+    return min(tiling.blocks - 1, -(-(band - 1) // tiling.size))
 
 
 def _apply(matrix: Array, x: Array, transpose: bool) -> Array:
@@ -124,7 +124,7 @@ def forward(
         first = jnp.maximum(tiling.first[i], i - reach)
         return None, lax.fori_loop(first, i + 1, in_block, zeros(x.shape[1:], x.dtype, x))
 
-    return lax.scan(out_block, None, jnp.arange(tiling.count))[1]
+    return lax.scan(out_block, None, jnp.arange(tiling.blocks))[1]
 
 
 def backward(operator: Operator, x: Array, d_out: Array, band: int) -> tuple[Array, Array]:
@@ -146,4 +146,4 @@ def backward(operator: Operator, x: Array, d_out: Array, band: int) -> tuple[Arr
         return lax.fori_loop(j, last + 1, out_block, (d_table, zeros(x_j.shape, x.dtype, x)))
 
     table: Any = operator.table
-    return lax.scan(in_block, zeros(table.shape, table.dtype, x), jnp.arange(tiling.count))
+    return lax.scan(in_block, zeros(table.shape, table.dtype, x), jnp.arange(tiling.blocks))

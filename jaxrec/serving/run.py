@@ -1,7 +1,6 @@
 """A trained run, ready for use: recommend, evaluate, find similar items, export vectors."""
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +15,7 @@ from jaxrec.data._ids import Id, IdIndex
 from jaxrec.data.prepared import Interactions
 from jaxrec.data.splits import Split
 from jaxrec.errors import UserError
+from jaxrec.evaluation._questions import targets_of
 from jaxrec.evaluation.baselines import evaluate_baselines
 from jaxrec.evaluation.evaluator import Evaluator
 from jaxrec.evaluation.ranker import Contexts, Ranker
@@ -70,6 +70,7 @@ class Run:
         self.parameters = {name: jax.numpy.asarray(stored[name]) for name in fresh}
         self._ranker = Ranker(self._bind)
         self._data = data
+        self._reports: dict[tuple[str, tuple[int, ...]], Report] = {}
 
     def __repr__(self) -> str:
         return (
@@ -239,9 +240,7 @@ class Run:
     def lists(self, part: str = "test", ks: tuple[int, ...] | None = None) -> NDArray[np.int32]:
         """Ranked item indices for every target of a part of the split, in the split's order."""
         config = self.config
-        targets = {"validation": self.split.validation, "test": self.split.test}.get(part)
-        if targets is None:
-            raise UserError(f"part must be validation or test, got {part!r}")
+        targets = targets_of(self.split, part)
         evaluator = Evaluator(
             self.interactions,
             targets,
@@ -263,22 +262,24 @@ class Run:
           ks: cut-offs; the config's by default.
         """
         settings = self.config.evaluation
-        settings = settings if ks is None else replace(settings, ks=tuple(ks))
+        cuts = tuple(ks or settings.ks)
+        if (part, cuts) in self._reports:
+            return self._reports[part, cuts]
+        lists = self.lists(part, cuts)
         data, split = self.interactions, self.split
-        targets = split.test if part == "test" else split.validation
-        model = evaluate_lists(self.lists(part, settings.ks), data, targets, ks=settings.ks)
-        baselines = evaluate_baselines(
-            data, split, part=part, ks=settings.ks, filter_seen=settings.filter_seen
-        )
-        return compare(
-            model,
-            baselines,
+        report = compare(
+            evaluate_lists(lists, data, targets_of(split, part), ks=cuts),
+            evaluate_baselines(
+                data, split, part=part, ks=cuts, filter_seen=settings.filter_seen
+            ),
             describe_protocol(data, split, part=part, filter_seen=settings.filter_seen),
             name=self.config.name,
             level=settings.level,
             resamples=settings.resamples,
             seed=self.config.training.seed,
         )
+        self._reports[part, cuts] = report
+        return report
 
     def similar_items(self, item: Id, k: int = 10) -> list[Recommendation]:
         """The items whose vectors point most nearly the same way, with cosine similarities.

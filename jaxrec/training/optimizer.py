@@ -1,6 +1,5 @@
 """From an `OptimizerConfig` to an optax transformation."""
 
-import jax
 import optax
 from jax import Array
 
@@ -48,7 +47,3 @@ def make_optimizer(config: OptimizerConfig, total_steps: int) -> optax.GradientT
     if config.clip_norm is not None:
         chain.insert(0, optax.clip_by_global_norm(config.clip_norm))
     return optax.chain(*chain)
-
-
-def global_norm(parameters: Parameters) -> Array:
-    return optax.global_norm(jax.tree.leaves(parameters))

@@ -116,7 +116,7 @@ def make_train_step(
             optimizer_state=jax.tree.map(choose, optimizer_state, state.optimizer_state),
             loss_sum=state.loss_sum + jnp.where(keep, loss, 0.0),
             gradient_norm_sum=state.gradient_norm_sum
-            + jnp.where(keep, optax.global_norm(gradients), 0.0),
+            + jnp.where(keep, optax.tree.norm(gradients), 0.0),
             loss_steps=state.loss_steps + keep.astype(jnp.int32),
             bad_step=jnp.where(newly_bad, state.step, state.bad_step),
             bad_parameter=jnp.where(newly_bad, first_bad, state.bad_parameter),

@@ -39,7 +39,7 @@ def shop(tmp_path):
 # -- order
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     st.lists(st.tuples(st.integers(0, 5), st.integers(0, 4)), max_size=40),
     st.sampled_from([1, 10**9, 2**58]),
@@ -451,7 +451,7 @@ def test_what_fails_half_way_leaves_nothing_and_keeps_the_old(shop, tmp_path, mo
     with pytest.raises(wanted) as caught:
         make_set(tmp_path / "shop", [0, 0], [0, 1], [1, 2], [1, 2])
     if wanted is UserError:
-        assert "No space left on device" in str(caught.value)
+        assert "No space left" in str(caught.value)
     assert len(calls) == 3
     assert [entry.name for entry in tmp_path.iterdir()] == ["shop"]
     assert open_prepared(shop.path, verify=True).hash == shop.hash
@@ -499,20 +499,19 @@ def test_what_a_killed_process_left_is_cleared_by_the_next(shop, tmp_path, kind)
     assert [entry.name for entry in tmp_path.iterdir()] == ["shop"]
 
 
-def test_two_writers_at_once_do_not_disturb_each_other(shop, tmp_path):
-    """The leftovers of a process that is alive are not leftovers."""
-    with _store.new_folder(tmp_path / "other", overwrite=False) as folder:
-        make_set(tmp_path / "other", [0], [0])
-        assert folder.is_dir()
-        (folder / "manifest.json").write_text("{}")
-        with pytest.raises(UserError, match="a data set of that name exists"):
-            with _store.new_folder(tmp_path / "other", overwrite=False) as second:
-                (second / "manifest.json").write_text("{}")
-        (tmp_path / "other" / "manifest.json").unlink()
-        for entry in (tmp_path / "other").iterdir():
-            entry.unlink()
-        (tmp_path / "other").rmdir()
-    assert (tmp_path / "other" / "manifest.json").read_text() == "{}"
+def test_two_writers_at_once_do_not_disturb_each_other(tmp_path):
+    """The leftovers of a process that is alive are not leftovers, and the first to end wins."""
+    first = []
+
+    def write_slowly():
+        with _store.new_folder(tmp_path / "shop", overwrite=False) as folder:
+            first.append(make_set(tmp_path / "shop", [0], [0], overwrite=False))
+            assert folder.is_dir()
+
+    with pytest.raises(UserError, match="a data set of that name exists"):
+        write_slowly()
+    assert open_prepared(first[0].path, verify=True).hash == first[0].hash
+    assert [entry.name for entry in tmp_path.iterdir()] == ["shop"]
 
 
 def test_importing_the_package_is_light():

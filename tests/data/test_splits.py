@@ -59,7 +59,7 @@ def test_leave_one_out_by_hand(tmp_path):
     assert split.train.num_events == 5
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(logs(), st.integers(3, 6))
 def test_leave_one_out_is_the_oracle(log, min_events):
     with tempfile.TemporaryDirectory() as folder:
@@ -82,7 +82,7 @@ def test_leave_one_out_wants_three_events(tmp_path):
         leave_one_out(shop, min_events=2)
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     logs(),
     st.sampled_from([0.3, 0.5, 0.75, 0.9]),
@@ -102,7 +102,7 @@ def test_temporal_is_the_oracle(log, quantile, validation_quantile, rule):
                 temporal(shop, quantile, validation_quantile, rule)
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     logs(),
     st.sampled_from([0.5, 0.8, 0.9]),

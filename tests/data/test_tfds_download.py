@@ -277,6 +277,15 @@ def test_a_kept_file_that_was_altered_is_fetched_anew(server: Server, tmp_path: 
     assert not (tmp_path / "data" / ".downloads").exists()
 
 
+@pytest.fixture
+def _interruptible() -> Iterator[None]:
+    """A shell's background jobs begin with Ctrl-C ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("_interruptible")
 def test_an_interrupt_ends_the_transfer_and_leaves_nothing(server: Server, tmp_path: Path) -> None:
     content = server.files["/pub/ml-1m.zip"]
     server.files["/pub/reviews_Beauty_5.json.gz"] = content + bytes(4_000_000)

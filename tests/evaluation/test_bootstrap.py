@@ -155,3 +155,21 @@ def test_p_value_follows_the_normal_approximation(rng):
 def test_bad_input_is_one_clear_line(call, message):
     with pytest.raises(UserError, match=message):
         call()
+
+
+def test_bca_quantiles_by_the_formula(rng):
+    values, sizes = rng.exponential(1.0, 12) ** 3, rng.integers(1, 4, 12).astype(float)
+    sums = values * sizes
+    mean = sums.sum() / sizes.sum()
+    means = rng.normal(mean + 0.4, 1.0, 500)
+    bias = stats.norm.ppf((means < mean).mean())
+    assert bias < -0.2
+    jackknife = [(sums.sum() - sums[i]) / (sizes.sum() - sizes[i]) for i in range(12)]
+    spread = np.mean(jackknife) - np.array(jackknife)
+    skew = np.sum(spread**3) / (6 * np.sum(spread**2) ** 1.5)
+    wanted = []
+    for tail in (0.05, 0.95):
+        shifted = bias + stats.norm.ppf(tail)
+        wanted.append(stats.norm.cdf(bias + shifted / (1 - skew * shifted)))
+    got = bootstrap._bca_tails(means, sums, sizes, np.array([0.05, 0.95]))
+    np.testing.assert_allclose(got, wanted, rtol=1e-12)

@@ -170,7 +170,7 @@ def read_metadata(path: Path, wanted: frozenset[str]) -> Columns:
                 continue
             product = _parse_product(line, path, number)
             asin = product["asin"]
-            if asin in wanted and True:
+            if asin in wanted and asin not in found:
                 found[asin] = (
                     _text(product.get("title")),
                     _text(product.get("brand")),

@@ -41,7 +41,7 @@ def fit(
         points = [line for line in lines if "validation" in line]
         seconds = sum(p["epoch_seconds"] + p["validation_seconds"] for p in points)
         report = run.evaluate("test")
-        validation = next((p["validation"] for p in points if p["step"] == run.step), {})
+        validation: dict[str, float] = next((p["validation"] for p in points if p["step"] == run.step), {})
         values = results(
             run.config,
             dataset=run.interactions.name,

@@ -1,0 +1,127 @@
+"""Writes RESULTS.md from the results files: `python -m experiments.report`.
+
+Nothing in RESULTS.md is typed by hand; `--check` fails if it is not what the files give.
+"""
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = Path(__file__).resolve().parent / "results"
+METRICS = ("hr@10", "ndcg@10", "coverage@10")
+
+HEAD = """# Results
+
+Written by `python -m experiments.report` from `experiments/results/*.json`; do not edit.
+
+Leave-one-out: a user's last event is the test target, the last but one the validation target. Every
+item of the catalogue is ranked, items of the user's own history are left out, the test input
+includes the validation event. The checkpoint is chosen by validation and judged on the test part
+once. Intervals are 95 % bootstrap intervals over users: they tell what other users would do to the
+number, not what another seed would.
+"""
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Write RESULTS.md from the results files."""
+
+    check: bool = False
+    """Only compare; exit code 1 if RESULTS.md differs."""
+
+
+def load() -> list[dict[str, Any]]:
+    """The results files, by data set, experiment and seed."""
+    found = [json.loads(p.read_text(encoding="utf-8")) for p in sorted(RESULTS.glob("*.json"))]
+    return sorted(found, key=lambda r: (r["dataset"], r["experiment"], r["seed"]))
+
+
+def render(results: list[dict[str, Any]]) -> str:
+    """RESULTS.md as text."""
+    parts = [HEAD]
+    for dataset in dict.fromkeys(r["dataset"] for r in results):
+        parts.append(_section(dataset, [r for r in results if r["dataset"] == dataset]))
+    return "\n".join(parts)
+
+
+def _section(dataset: str, results: list[dict[str, Any]]) -> str:
+    rows = []
+    for result in results:
+        test = result["metrics"]["test"]
+        cells = [_with_interval(test, metric) for metric in METRICS]
+        rows.append(
+            [f"{result['experiment']}, seed {result['seed']}", *cells, _minutes(result["seconds"])]
+        )
+    baselines = results[0]["metrics"]["test"]
+    for name, title in (("popularity", "popularity"), ("most_recent", "most recent")):
+        if name in baselines:
+            rows.append([title, *(_number(baselines[name].get(m)) for m in METRICS), ""])
+    seen = set()
+    for result in results:
+        for published in result["published"]:
+            if published["source"] in seen:
+                continue
+            seen.add(published["source"])
+            note = f" ({published['note']})" if published["note"] else ""
+            rows.append(
+                [
+                    f"*published:* {published['source']}{note}",
+                    *(_number(published["metrics"].get(m)) for m in METRICS),
+                    "",
+                ]
+            )
+    head = ["", *(m.upper() if m.startswith("hr") else m for m in METRICS), "training"]
+    lines = [f"## {dataset}", "", _row(head), _row(["---"] * len(head))]
+    lines += [_row(r) for r in rows]
+    lines += ["", "Commands and conditions:", ""]
+    for result in results:
+        versions = result["versions"]
+        lines.append(
+            f"- `jaxrec train experiments/{result['experiment']}.py --data {dataset} --out RUN"
+            f"{_seed(result['seed'])}`: {result['epochs']} epochs, best at step {result['step']}, "
+            f"{result['device']}, JAX {versions['jax']}, data {result['data_hash'][:12]}"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _with_interval(test: dict[str, Any], metric: str) -> str:
+    interval = test.get("intervals", {}).get(metric)
+    number = _number(test.get(metric))
+    return f"{number} [{interval[0]:.4f}, {interval[1]:.4f}]" if interval else number
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"
+
+
+def _minutes(seconds: float) -> str:
+    return f"{seconds / 60:.0f} min"
+
+
+def _seed(seed: int) -> str:
+    return "" if seed == 0 else f" --training.seed {seed}"
+
+
+def _row(cells: list[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def main(arguments: Arguments) -> int:
+    target = ROOT / "RESULTS.md"
+    text = render(load())
+    if arguments.check:
+        same = target.is_file() and target.read_text(encoding="utf-8") == text
+        if not same:
+            print("RESULTS.md is not what the results files give: run python -m experiments.report")
+        return 0 if same else 1
+    target.write_text(text, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(tyro.cli(Arguments)))
