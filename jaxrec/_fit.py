@@ -2,12 +2,13 @@
 
 from pathlib import Path
 
+from jaxrec.errors import UserError
 from jaxrec.evaluation.report import as_json
 from jaxrec.serving.run import Run
 from jaxrec.training.config import Experiment
 from jaxrec.training.loop import train
 from jaxrec.training.results import results, results_name
-from jaxrec.training.run_folder import write_json
+from jaxrec.training.run_folder import read_json, write_json
 
 
 def fit(
@@ -34,14 +35,20 @@ def fit(
       UserError: bad config or data, a folder with another run, a loss that is not finite.
       Interrupted: SIGTERM or Ctrl-C; the same call continues.
     """
+    if results_folder is not None:
+        try:
+            Path(results_folder).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{results_folder}: cannot be made ({error.strerror})") from None
     folder = train(config, out, overwrite=overwrite, show_progress=show_progress)
     run = Run(folder.path)
     if not folder.results.is_file():
         lines = folder.read_metrics()
         points = [line for line in lines if "validation" in line]
-        seconds = sum(p["epoch_seconds"] + p["validation_seconds"] for p in points)
         report = run.evaluate("test")
-        validation: dict[str, float] = next((p["validation"] for p in points if p["step"] == run.step), {})
+        validation: dict[str, float] = next(
+            (p["validation"] for p in points if p["step"] == run.step), {}
+        )
         values = results(
             run.config,
             dataset=run.interactions.name,
@@ -49,11 +56,10 @@ def fit(
             metrics={"test": as_json(report), "validation": validation},
             step=run.step,
             epochs=points[-1]["epoch"] if points else 0,
-            seconds=seconds,
+            seconds=points[-1]["seconds"] if points else 0.0,
         )
         write_json(folder.results, values)
     if results_folder is not None:
-        Path(results_folder).mkdir(parents=True, exist_ok=True)
-        target = Path(results_folder) / results_name(run.config, run.interactions.name)
-        target.write_text(folder.results.read_text(encoding="utf-8"), encoding="utf-8")
+        name = results_name(run.config, run.interactions.name)
+        write_json(Path(results_folder) / name, read_json(folder.results))
     return run

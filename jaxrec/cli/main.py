@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from jaxrec.errors import UserError
+from jaxrec.training.interrupt import Interrupted
 
 # Words of the command -> (module:function, what it is for). Modules are imported when used.
 COMMANDS: dict[str, tuple[str, str]] = {
@@ -36,6 +37,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"jaxrec: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except Interrupted as stop:
+        print(f"jaxrec: {stop}", file=sys.stderr)
+        return 128 + stop.signal
     except BrokenPipeError:
         # The reader of our output has left; that is its right.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

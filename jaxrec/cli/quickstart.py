@@ -37,6 +37,7 @@ def _run(arguments: Arguments, out: Path) -> int:
     from jaxrec.evaluation.report import as_json, print_report
     from jaxrec.models.config import SASRecConfig
     from jaxrec.training.config import DataConfig, Experiment, TrainingConfig
+    from jaxrec.training.interrupt import Interrupted
 
     start = time.perf_counter()
     config = Experiment(
@@ -49,7 +50,12 @@ def _run(arguments: Arguments, out: Path) -> int:
     )
     config = replace(config, optimizer=replace(config.optimizer, learning_rate=3e-3))
     tell("a generated set, SASRec with full cross-entropy, leave-one-out, full ranking")
-    run = fit(config, out)
+    try:
+        run = fit(config, out)
+    except Interrupted as stop:
+        if arguments.out is not None:
+            raise
+        raise Interrupted(stop.signal, "stopped; without --out nothing is kept") from None
     report = run.evaluate()
     data = run.interactions
     user = data.user_ids[0].item() if hasattr(data.user_ids[0], "item") else data.user_ids[0]

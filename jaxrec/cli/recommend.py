@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
@@ -31,7 +31,7 @@ class Arguments:
     """Every user of the data set, written to --out."""
     out: Path | None = None
     """With --all: a .parquet or .csv file of user_id, item_id, rank, score."""
-    k: int = 10
+    k: Annotated[int, tyro.conf.arg(aliases=["-k"])] = 10
     """How many items."""
     allow: str | None = None
     """Only these items (original ids separated by commas)."""

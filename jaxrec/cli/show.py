@@ -1,6 +1,7 @@
 """`jaxrec show`."""
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from jaxrec.cli.arguments import parse
 from jaxrec.cli.output import console, print_json
 from jaxrec.errors import UserError
 from jaxrec.training.config import Experiment
-from jaxrec.training.run_folder import RunFolder, read_json
+from jaxrec.training.run_folder import RunFolder
 
 _HEIGHT = 14
 
@@ -34,7 +35,7 @@ def main(words: Sequence[str]) -> int:
     folder = RunFolder(arguments.run)
     config = folder.read_config()
     lines = folder.read_metrics()
-    results = read_json(folder.results) if folder.results.is_file() else None
+    results = folder.read_results()
     if arguments.png is not None:
         _draw(arguments.png, config, lines)
     if arguments.json:
@@ -43,11 +44,11 @@ def main(words: Sequence[str]) -> int:
         print_json({"config": to_dict(config), "curves": lines, "results": results})
         return 0
     out = console()
-    data = read_json(folder.data)
+    data = folder.read_data()
     out.print(
-        f"{config.name}: {config.model.type} on {data.get('name')} "
-        f"({data.get('users'):,} users, {data.get('items'):,} items, "
-        f"{data.get('events'):,} events), seed {config.training.seed}",
+        f"{config.name}: {config.model.type} on {data['name']} "
+        f"({data['users']:,} users, {data['items']:,} items, "
+        f"{data['events']:,} events), seed {config.training.seed}",
         markup=False,
     )
     if not lines:
@@ -95,7 +96,7 @@ def _split(
     config: Experiment, lines: list[dict[str, Any]]
 ) -> tuple[list[int], list[float], list[int], list[float]]:
     losses = [line for line in lines if "loss" in line]
-    points = [line for line in lines if "validation" in line]
+    points = [line for line in lines if config.training.metric in line.get("validation", {})]
     return (
         [line["step"] for line in losses],
         [line["loss"] for line in losses],
@@ -127,7 +128,7 @@ def _state(
     config: Experiment, lines: list[dict[str, Any]], out: Console, *, finished: bool
 ) -> None:
     _, losses, steps, values = _split(config, lines)
-    if values:
+    if values and losses:
         best = max(range(len(values)), key=values.__getitem__)
         out.print(
             f"{len(values)} validations, best {config.training.metric} {values[best]:.4f} at step "
@@ -156,7 +157,12 @@ def _draw(path: Path, config: Experiment, lines: list[dict[str, Any]]) -> None:
     left.set(title="training loss", xlabel="step")
     right.plot(points, values, marker=".")
     right.set(title=f"validation {config.training.metric}", xlabel="step")
+    temporary = path.with_name(f".{path.name}.part")
     try:
-        figure.savefig(path, dpi=130)
+        figure.savefig(temporary, dpi=130, format="png")
+        temporary.replace(path)
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror})") from None
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)

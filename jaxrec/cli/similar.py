@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 
@@ -19,7 +20,7 @@ class Arguments:
     """A run folder."""
     item: str
     """Original id of the item."""
-    k: int = 10
+    k: Annotated[int, tyro.conf.arg(aliases=["-k"])] = 10
     """How many items."""
     checkpoint: str = "best"
     """best, last, or a step."""

@@ -7,7 +7,7 @@ from pathlib import Path
 import tyro
 
 from jaxrec.cli.arguments import parse
-from jaxrec.cli.output import console, print_json, tell
+from jaxrec.cli.output import console, print_json
 from jaxrec.errors import UserError
 from jaxrec.training.config import Experiment, check, load_config
 
@@ -46,21 +46,16 @@ def main(words: Sequence[str]) -> int:
     config = check(parse(Experiment, rest, program="jaxrec train CONFIG.py", default=config))
 
     from jaxrec._fit import fit
-    from jaxrec.training.interrupt import Interrupted
-    from jaxrec.training.run_folder import read_json
 
-    try:
-        run = fit(
-            config,
-            arguments.out,
-            overwrite=arguments.overwrite,
-            show_progress=False if arguments.quiet else None,
-            results_folder=arguments.results,
-        )
-    except Interrupted as stop:
-        tell(f"jaxrec: {stop}")
-        return 128 + stop.signal
-    values = read_json(run.folder.results)
+    run = fit(
+        config,
+        arguments.out,
+        overwrite=arguments.overwrite,
+        show_progress=False if arguments.quiet else None,
+        results_folder=arguments.results,
+    )
+    values = run.folder.read_results()
+    assert values is not None
     if arguments.json:
         print_json(values)
         return 0

@@ -20,6 +20,7 @@ TICKS_PER_SECOND: dict[str, int] = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**
 
 
 def jaxrec_version() -> str:
+    """Version of the package that writes."""
     import jaxrec
 
     return jaxrec.__version__
@@ -39,6 +40,7 @@ def ids_digest(ids: pa.Array) -> str:
 
 
 def file_records(folder: Path) -> dict[str, dict[str, Any]]:
+    """Size and hash of each file in a folder."""
     return {
         file.name: {"bytes": file.stat().st_size, "sha256": sha256_file(file)}
         for file in sorted(folder.iterdir())
@@ -46,6 +48,7 @@ def file_records(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def content_hash(manifest: Mapping[str, Any]) -> str:
+    """SHA-256 of what a model depends on: events, ids and item vectors, not titles."""
     parts = [
         f"{file} {record['sha256']}"
         for file, record in sorted(manifest["files"].items())
@@ -57,6 +60,11 @@ def content_hash(manifest: Mapping[str, Any]) -> str:
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest of the set at `path`.
+
+    Raises:
+        UserError: where it cannot be read, is incomplete or is of a newer jaxrec.
+    """
     file = path / MANIFEST
     try:
         manifest = json.loads(file.read_text(encoding="utf-8"))
@@ -90,6 +98,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 
 def check_file(file: Path, record: Mapping[str, Any], *, verify: bool) -> None:
+    """Raises UserError where a file is missing, of another size, or (verify) of another hash."""
     try:
         size = file.stat().st_size
     except OSError:

@@ -103,7 +103,7 @@ class TrainingBatches:
         self._items = items
         self._starts = sequences.starts
         self._lengths = sequences.lengths - 1
-        self._max_length = max_length
+        self.max_length = max_length
         self._seed = seed
         self._epochs = epochs
         self._packed = packed
@@ -125,7 +125,7 @@ class TrainingBatches:
     @property
     def occupancy(self) -> float:
         """Share of the slots of an epoch that hold an event."""
-        return self.events / (self.rows * self._max_length * self.batches_per_epoch)
+        return self.events / (self.rows * self.max_length * self.batches_per_epoch)
 
     def _capacity(self) -> tuple[int, int]:
         """Rows and events that hold every batch of the first epochs, with a little to spare."""
@@ -137,11 +137,12 @@ class TrainingBatches:
         # An epoch further on may hold a batch that packs one row worse; another shape would be
         # compiled for it.
         spare = 1 if self._packed and self.batches_per_epoch > 1 else 0
-        return rows + spare, _round_up(events + events // 64, 8)
+        largest = math.ceil(self.sequences / self.batches_per_epoch)
+        return min(rows + spare, largest), _round_up(events + events // 64, 8)
 
     def _place(self, chosen: NDArray[np.int64]) -> Placement:
         if self._packed:
-            return place(self._lengths[chosen], self._max_length)
+            return place(self._lengths[chosen], self.max_length)
         return place_alone(len(chosen))
 
     def _deal(self, epoch: int) -> list[NDArray[np.int64]]:
@@ -163,7 +164,7 @@ class TrainingBatches:
             self._items[events],
             # Where the spare is not enough the shapes grow by eighths: nothing is ever dropped.
             rows=_grown(self.rows, placement.rows),
-            capacity=self._max_length,
+            capacity=self.max_length,
             count_from_newest=self._count_from_newest,
         )
         capacity = _grown(self.events_capacity, len(events))

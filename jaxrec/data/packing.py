@@ -38,9 +38,16 @@ def place(lengths: NDArray[np.integer], capacity: int) -> Placement:
       lengths: int[sequences], each between 1 and `capacity`.
       capacity: slots of a row.
 
+    Raises:
+      ValueError: a sequence is empty or does not fit into a row.
+
     Cost: O(sequences * rows) comparisons in NumPy, one vector operation a sequence.
     """
     count = len(lengths)
+    if count and not 1 <= lengths.min() <= lengths.max() <= capacity:
+        raise ValueError(
+            f"lengths must be in [1, {capacity}], got {lengths.min()} to {lengths.max()}"
+        )
     row = np.zeros(count, np.int64)
     offset = np.zeros(count, np.int64)
     segment = np.zeros(count, np.int32)

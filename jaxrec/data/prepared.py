@@ -25,6 +25,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from jaxrec.data import paths
 from jaxrec.data._ids import Id, IdIndex, as_id_array
 from jaxrec.data._manifest import (
     FORMAT,
@@ -40,7 +41,7 @@ from jaxrec.data._manifest import (
 )
 from jaxrec.data._order import stable_order
 from jaxrec.data._store import check_free, new_folder
-from jaxrec.data.paths import MANIFEST, check_name, data_dir, dataset_dir, dataset_names
+from jaxrec.data.paths import MANIFEST, check_name, dataset_dir, dataset_names
 from jaxrec.errors import UserError
 
 _COLUMNS: dict[str, np.dtype] = {
@@ -317,14 +318,17 @@ def write_prepared(
 
 
 def open_prepared(
-    name_or_path: str | Path, verify: bool = False, *, root: Path | str | None = None
+    name_or_path: str | Path,
+    verify: bool = False,
+    *,
+    data_dir: str | os.PathLike[str] | None = None,
 ) -> Interactions:
     """Opens a prepared data set.
 
     Args:
         name_or_path: a set's name, or the path of its folder (a `Path`, or text with a `/`).
         verify: also compare every file with its hash and check order and ranges.
-        root: folder of the sets where a name is given; default `data_dir()`.
+        data_dir: folder of the sets where a name is given; default `jaxrec.data.data_dir()`.
 
     Returns:
         The set; its columns are memory-mapped, so opening costs no reading.
@@ -333,7 +337,7 @@ def open_prepared(
         UserError: naming the set or file, where it is unknown, incomplete, altered, truncated or
             written by a newer jaxrec.
     """
-    path = _locate(name_or_path, root)
+    path = _locate(name_or_path, data_dir)
     manifest = read_manifest(path)
     events, users = manifest["counts"]["events"], manifest["counts"]["users"]
     for file, record in manifest["files"].items():
@@ -410,7 +414,7 @@ def _offsets(users: np.ndarray, num_users: int) -> np.ndarray:
     return offsets
 
 
-def _locate(name_or_path: str | Path, root: Path | str | None) -> Path:
+def _locate(name_or_path: str | Path, root: str | os.PathLike[str] | None) -> Path:
     text = os.fspath(name_or_path)
     if isinstance(name_or_path, Path) or "/" in text or os.sep in text:
         path = Path(text).expanduser().absolute()
@@ -424,9 +428,9 @@ def _locate(name_or_path: str | Path, root: Path | str | None) -> Path:
         known = f"there are: {', '.join(names)}" if names else "there are none yet"
         meant = f"; did you mean {close[0]!r}?" if close else ""
         raise UserError(
-            f"no data set {text!r} in {data_dir() if root is None else root} ({known}){meant}; "
+            f"no data set {text!r} in {root or paths.data_dir()} ({known}){meant}; "
             f"make it with `jaxrec data import FILE --name {text}` or "
-            f"`jaxrec data generate --name {text}`"
+            f"`jaxrec data generate --name {text}`; `jaxrec data list` shows public sets too"
         )
     return path
 

@@ -70,14 +70,14 @@ def describe(interactions: Interactions) -> dict[str, Any]:
     }
 
 
-def list_prepared(root: str | os.PathLike[str] | None = None) -> list[dict[str, Any]]:
-    """One summary a prepared set under `root` (default `data_dir()`), by name.
+def list_prepared(data_dir: str | os.PathLike[str] | None = None) -> list[dict[str, Any]]:
+    """One summary a prepared set under `data_dir` (default `jaxrec.data.data_dir()`), by name.
 
     Returns:
         Dicts with name, path, users, items, events, has_time, has_ratings, hash, bytes on disk
         and source; for a set that cannot be opened name, path and `error`.
     """
-    return [_summary(name, root) for name in dataset_names(root)]
+    return [_summary(name, data_dir) for name in dataset_names(data_dir)]
 
 
 def _summary(name: str, root: str | os.PathLike[str] | None) -> dict[str, Any]:

@@ -16,6 +16,8 @@ PARTS = ("validation", "test")
 
 # Events gathered at once; some 100 MB of temporaries.
 _BLOCK_EVENTS = 1 << 21
+# And ranges: lists are made of them.
+_BLOCK_ROWS = 1 << 16
 
 
 class Questions(NamedTuple):
@@ -94,8 +96,7 @@ def histories(starts: NDArray[np.int64], stops: NDArray[np.int64]) -> Iterator[H
     while begin < len(lengths):
         before = int(ends[begin - 1]) if begin else 0
         end = int(np.searchsorted(ends, before + _BLOCK_EVENTS, side="right"))
-        # A bound on the rows too, for lists are made of them.
-        end = min(max(end, begin + 1), begin + _BLOCK_EVENTS, len(lengths))
+        end = min(max(end, begin + 1), begin + _BLOCK_ROWS, len(lengths))
         block = lengths[begin:end]
         owners = np.repeat(np.arange(end - begin), block)
         shift = starts[begin:end] - (np.cumsum(block) - block)

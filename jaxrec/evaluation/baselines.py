@@ -315,13 +315,14 @@ def _first_not_in(
     size = order.size
     taken = np.bincount(owners, minlength=rows)
     at = place[items].astype(np.int64)
-    near = at < k + taken[owners]
+    # Farther ones have at least k free places before them.
+    near = at < k + taken[owners] - 1
     pairs = np.sort(owners[near] * size + at[near])
     # A plain sort and a comparison: several times faster than np.unique on millions of integers.
     owner, at = np.divmod(pairs[np.append(True, pairs[1:] != pairs[:-1])[: pairs.size]], size)
     begin = np.searchsorted(owner, np.arange(rows))
     free_before = at - (np.arange(at.size) - begin[owner])
-    width = max(size, k) + 1
+    width = size + 1
     wanted = np.arange(rows)[:, None] * width + np.arange(k)
     found = np.searchsorted(owner * width + free_before, wanted, side="right")
     result = np.arange(k) + found - begin[:, None]

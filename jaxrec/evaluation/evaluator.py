@@ -81,4 +81,3 @@ def sample_targets(targets: Targets, count: int, seed: int) -> Targets:
         return targets
     rng = np.random.default_rng(seed)
     return targets.take(np.sort(rng.choice(len(targets), count, replace=False)))
-

@@ -6,7 +6,6 @@ from typing import ClassVar, Literal
 from jaxrec.errors import UserError
 from jaxrec.registry import names
 
-
 Structure = Literal["identity", "toeplitz", "full"]
 
 
@@ -16,8 +15,12 @@ class ModelConfig:
 
     type: ClassVar[str] = ""
 
-    def check(self) -> None:
-        """Raises UserError naming the first field with an impossible value."""
+    def check(self, *, max_length: int) -> None:
+        """Raises UserError naming the first field with an impossible value.
+
+        Args:
+          max_length: of the sequences that the model will see.
+        """
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,7 @@ class SASRecConfig(ModelConfig):
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of activations; parameters are float32."""
 
-    def check(self) -> None:
+    def check(self, *, max_length: int) -> None:
         for name in ("width", "blocks", "heads"):
             if getattr(self, name) < 1:
                 raise UserError(f"config: model.{name} must be positive, got {getattr(self, name)}")
@@ -82,6 +85,10 @@ class SASRecConfig(ModelConfig):
                 f"config: model.width ({self.width}) must be a multiple of model.heads "
                 f"({self.heads})"
             )
+        if not self.norm_epsilon > 0:
+            raise UserError(f"config: model.norm_epsilon must be positive, got {self.norm_epsilon}")
+        if not self.init_scale >= 0:
+            raise UserError(f"config: model.init_scale must not be negative, got {self.init_scale}")
         if not 0 <= self.dropout < 1:
             raise UserError(f"config: model.dropout must be in [0, 1), got {self.dropout}")
         if self.feed_forward is not None and self.feed_forward < 1:
@@ -93,9 +100,13 @@ class SASRecConfig(ModelConfig):
             )
         if self.kernel.band is not None and self.kernel.band < 1:
             raise UserError(f"config: model.kernel.band must be positive, got {self.kernel.band}")
+        if "kernel" in self.position and (self.kernel.band or 1) > max_length:
+            raise UserError(
+                f"config: model.kernel.band ({self.kernel.band}) must be at most data.max_length "
+                f"({max_length})"
+            )
         if self.kernel.tie and self.kernel.logits != self.kernel.values:
             raise UserError(
                 "config: model.kernel.tie needs equal structures, got "
                 f"{self.kernel.logits} and {self.kernel.values}"
             )
-

@@ -8,6 +8,7 @@ from jaxrec.ops._attention_decode import (
 from jaxrec.ops._attention_positions import segment_positions
 from jaxrec.ops.attention import causal_attention
 from jaxrec.ops.dropout import dropout
+from jaxrec.ops.explain import explain
 from jaxrec.ops.linear_cross_entropy import linear_cross_entropy, mean_linear_cross_entropy
 from jaxrec.ops.positional_kernel import (
     init_positional_kernel,
@@ -20,6 +21,7 @@ __all__ = [
     "PositionalKernelState",
     "causal_attention",
     "dropout",
+    "explain",
     "init_positional_kernel",
     "linear_cross_entropy",
     "mean_linear_cross_entropy",

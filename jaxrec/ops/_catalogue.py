@@ -86,7 +86,7 @@ def balanced(count: int, largest: int, multiple: int = 8) -> int:
     (504, 512, 7)
     """
     blocks = -(-count // largest)
-    return min(count, -(-count // (blocks * multiple)) * multiple)
+    return min(count, largest, -(-count // (blocks * multiple)) * multiple)
 
 
 def over_rows(count: int, size: int, body: Callable[[Rows, Carry], Carry], carry: Carry) -> Carry:

@@ -214,11 +214,11 @@ def gradients(
         inner = Gradients(carry.hidden, zero, None if bias is None else zero[0])
         inner = _catalogue.over_rows(hidden.shape[0], blocks.positions, positions, inner)
         # The repeated items of the last block get the values that they already have.
-        return Gradients(
-            inner.hidden,
-            columns.put(carry.table, inner.table.T.astype(table.dtype)),
-            None if carry.bias is None else columns.put(carry.bias, inner.bias),
-        )
+        d_bias = carry.bias
+        if d_bias is not None and inner.bias is not None:
+            d_bias = columns.put(d_bias, inner.bias)
+        d_table = columns.put(carry.table, inner.table.T.astype(table.dtype))
+        return Gradients(inner.hidden, d_table, d_bias)
 
     start = Gradients(
         jnp.zeros_like(h32), jnp.zeros_like(table), None if bias is None else jnp.zeros_like(bias)

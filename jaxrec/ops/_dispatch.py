@@ -6,7 +6,9 @@ at lowering, by `platform_switch`, so that one traced function can be compiled f
 TPU ahead of time, or exported.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, Literal, NamedTuple, TypeVar
 
 from jax import lax
@@ -24,17 +26,52 @@ class Choice(NamedTuple):
     reason: str
 
 
-def choose(op: str, implementation: str | None, unsupported: str | None) -> Choice:
+class Decision(NamedTuple):
+    """A choice, and the platforms that its kernel is compiled for."""
+
+    choice: Choice
+    platforms: tuple[str, ...]
+
+
+_decisions: ContextVar[list[Decision] | None] = ContextVar("_decisions", default=None)
+
+
+@contextmanager
+def recorded() -> Iterator[list[Decision]]:
+    """Collects what `choose` decides while ops are traced inside."""
+    decisions: list[Decision] = []
+    token = _decisions.set(decisions)
+    try:
+        yield decisions
+    finally:
+        _decisions.reset(token)
+
+
+def choose(
+    op: str,
+    implementation: str | None,
+    unsupported: str | None,
+    platforms: tuple[str, ...] = ("tpu",),
+) -> Choice:
     """Picks the implementation of `op`.
 
     Args:
       op: the op's name, for messages.
       implementation: what the caller asked for; `None` leaves the choice to the op.
       unsupported: why the Pallas kernel cannot take this call, or `None` if it can.
+      platforms: where the kernel runs; `platform_switch` compiles XLA's form elsewhere.
 
     Raises:
       ValueError: the name is unknown, or a forced kernel cannot run; the reason is in the message.
     """
+    choice = _choose(op, implementation, unsupported)
+    decisions = _decisions.get()
+    if decisions is not None:
+        decisions.append(Decision(choice, platforms))
+    return choice
+
+
+def _choose(op: str, implementation: str | None, unsupported: str | None) -> Choice:
     if implementation is None:
         if unsupported is None:
             return Choice(op, "pallas", "the kernel supports these shapes, dtypes and options")

@@ -1,13 +1,34 @@
 """The best items of each row out of the whole catalogue, exact, block by block."""
 
+from functools import partial
+from typing import Any, NamedTuple
+
 import jax
 import jax.numpy as jnp
-from jax import lax
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxrec.ops import _catalogue, _dispatch
+from jaxrec.ops import _catalogue, _catalogue_top_k, _dispatch, _manual_axes
 
-_NO_KERNEL = "there is no Pallas kernel of this op yet"
+_OP = "top_k_items"
+_NO_KERNEL = "there is no Pallas kernel for this op yet"
+
+# One block of scores holds at most ROWS rows, and about BLOCK_SCORES scores in all (16 MiB).
+ROWS = 1024
+BLOCK_SCORES = 1 << 22
+# Scoring one gathered item costs about as much as this many items in a matrix product.
+GATHER_COST = 16
+
+
+class _Options(NamedTuple):
+    k: int
+    rows: int
+    items: int
+
+
+def _unsupported(*arguments: Any, **options: Any) -> str | None:
+    """Why the Pallas kernel cannot take this call."""
+    return _NO_KERNEL
 
 
 def top_k_items(
@@ -22,56 +43,146 @@ def top_k_items(
     item_block: int | None = None,
     implementation: _dispatch.Implementation | None = None,
 ) -> tuple[Float[Array, "rows k"], Int[Array, "rows k"]]:
-    """The `k` best items of each row: scores (float32) and ids (int32), best first."""
-    hidden, item_table = map(jnp.asarray, (hidden, item_table))
-    _catalogue.check_matrices("top_k_items", hidden, item_table)
-    _dispatch.choose("top_k_items", implementation, _NO_KERNEL)
+    """The k items with the largest scores of each row, best first, never holding [rows, items].
+
+    ``score_bv = <hidden_b, item_table_v> + bias_v`` over the items that are allowed and neither
+    denied nor excluded. Of equal scores the item with the smaller id comes first.
+
+    Args:
+      hidden: [B, D], float32 or bfloat16; one row for each user.
+      item_table: [V, D], in the dtype of `hidden`.
+      k: how many, a Python integer from 1; more than V is fine.
+      bias: [V], float32 or bfloat16.
+      exclude: integers [B, E], ids that each row must not get, such as the items it has seen; a
+        negative id is padding, and so is one from V on. Order and repetition do not matter; columns
+        after the last id of a block of rows cost nothing, so put rows of like length together.
+      allow: bool [V], the items that may be returned to anybody; or integers [B, A], the ids that
+        each row may get, padded like `exclude`. A short list is scored by itself.
+      deny: bool [V], the items that nobody gets; or integers [B, A], as `exclude`.
+      item_block: how many items are scored at once, by default what keeps a block of scores in
+        16 MiB.
+      implementation: "xla", "pallas", or None to let the op choose.
+
+    Returns:
+      Scores, float32 [B, k], and ids, int32 [B, k]. Where fewer than k candidates remain the score
+      is -inf and the id -1. A score of NaN or -inf is never returned as a candidate.
+
+    Raises:
+      ValueError: shapes, dtypes or options do not fit, or the asked implementation cannot run.
+
+    Cost: 2 B V D FLOPs (2 B A D with short allow lists), and about 3 ns a score on one CPU core for
+    the selection. Temporaries: two blocks of scores. Differentiable in `hidden`, `item_table` and
+    `bias` through the scores that are returned.
+
+    Source: exact search over the full catalogue, as full-ranking evaluation wants it (Krichene and
+    Rendle, "On Sampled Metrics for Item Recommendation", KDD 2020).
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jaxrec import ops
+      >>> hidden = jnp.array([[1.0, 0.0], [0.0, 2.0]])
+      >>> item_table = jnp.array([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
+      >>> scores, ids = ops.top_k_items(hidden, item_table, 2, exclude=jnp.array([[0], [-1]]))
+      >>> ids.tolist()
+      [[2, 1], [1, 2]]
+    """
+    hidden, item_table = jnp.asarray(hidden), jnp.asarray(item_table)
+    _catalogue.check_matrices(_OP, hidden, item_table)
     batch, items = hidden.shape[0], item_table.shape[0]
-    column = jnp.zeros((items,), jnp.float32)
+    k = _positive(k, "k")
+    column, drops, allowed = _filters(batch, items, bias, exclude, allow, deny)
+    options = _options(batch, items, k, item_block)
+    _dispatch.choose(_OP, implementation, _unsupported(hidden, item_table, k))
+    if batch == 0:
+        return jnp.zeros((0, k), jnp.float32), jnp.zeros((0, k), jnp.int32)
+    short = False
+    if allowed is not None and allowed.shape[1] * GATHER_COST <= items:
+        short = True
+        gathered = max(1, allowed.shape[1] * hidden.shape[1])
+        rows = _catalogue.balanced(batch, max(1, BLOCK_SCORES // gathered))
+        options = options._replace(rows=rows)
+    return _best(
+        options, short, *_manual_axes.vary_together(hidden, item_table, column, drops, allowed)
+    )
+
+
+def _positive(value: Any, name: str) -> int:
+    if isinstance(value, bool) or not hasattr(value, "__index__") or int(value) < 1:
+        raise ValueError(f"{_OP}: {name} must be a positive Python integer, got {value!r}")
+    return int(value)
+
+
+def _options(batch: int, items: int, k: int, item_block: int | None) -> _Options:
+    rows = _catalogue.balanced(batch, ROWS) if batch else 1
+    if item_block is None:
+        block = _catalogue.balanced(items, max(1, BLOCK_SCORES // rows))
+    else:
+        block = min(items, _positive(item_block, "item_block"))
+    return _Options(k, rows, block)
+
+
+def _filters(
+    batch: int, items: int, bias: Any, exclude: Any, allow: Any, deny: Any
+) -> tuple[jax.Array | None, jax.Array | None, jax.Array | None]:
+    """A float32 row that is added to all scores, the ids to drop, and the only ids to keep."""
+    column = None
     if bias is not None:
-        column = column + bias.astype(jnp.float32)
-    drops = [] if exclude is None else [jnp.asarray(exclude)]
-    allow_ids = None
-    if allow is not None:
-        if allow.dtype == jnp.bool_:
-            column = jnp.where(allow, column, -jnp.inf)
+        bias = jnp.asarray(bias)
+        _catalogue.check_float(_OP, "bias", bias)
+        _catalogue.check_shape(_OP, "bias", bias, (items,))
+        column = bias.astype(jnp.float32)
+    drops = []
+    if exclude is not None:
+        drops.append(_id_lists("exclude", exclude, batch))
+    allowed = None
+    for name, given in (("allow", allow), ("deny", deny)):
+        if given is None:
+            continue
+        given = jnp.asarray(given)
+        if given.dtype == jnp.bool_:
+            _catalogue.check_shape(_OP, name, given, (items,))
+            keep = given if name == "allow" else ~given
+            column = jnp.zeros((items,), jnp.float32) if column is None else column
+            column = jnp.where(keep, column, jnp.float32(-jnp.inf))
+        elif name == "allow":
+            allowed = _id_lists(name, given, batch)
         else:
-            allow_ids = jnp.asarray(allow)
-    if deny is not None:
-        if deny.dtype == jnp.bool_:
-            column = jnp.where(deny, -jnp.inf, column)
-        else:
-            drops.append(jnp.asarray(deny))
-    row = jnp.arange(batch)[:, None]
+            drops.append(_id_lists(name, given, batch))
+    return column, jnp.concatenate(drops, 1) if drops else None, allowed
 
-    def block(columns, carry):
-        scores = lax.dot_general(
-            hidden,
-            columns.take(item_table),
-            (((1,), (1,)), ((), ())),
-            preferred_element_type=jnp.float32,
+
+def _id_lists(name: str, ids: Any, batch: int) -> jax.Array:
+    ids = jnp.asarray(ids)
+    _catalogue.check_integer(_OP, name, ids)
+    if ids.ndim != 2 or ids.shape[0] != batch:
+        hint = "" if name == "exclude" else "; for ids common to all rows give a bool mask of items"
+        raise ValueError(
+            f"{_OP}: {name} must have shape ({batch}, ids per row), got {ids.shape}{hint}"
         )
-        scores = scores + jnp.where(columns.fresh, columns.take(column), -jnp.inf)[None]
-        scores = jnp.where(jnp.isnan(scores), -jnp.inf, scores)
+    # Ids that int32 cannot hold must not wrap around to valid ones.
+    if jnp.iinfo(ids.dtype).max > jnp.iinfo(jnp.int32).max:
+        ids = jnp.where(ids > jnp.iinfo(jnp.int32).max, jnp.array(-1).astype(ids.dtype), ids)
+    return ids.astype(jnp.int32)
 
-        def local(ids):
-            ids = ids - columns.start
-            return jnp.where((ids >= 0) & (ids < columns.size), ids, columns.size)
 
-        if allow_ids is not None:
-            allowed = jnp.zeros(scores.shape, bool).at[row, local(allow_ids)].set(True, mode="drop")
-            scores = jnp.where(allowed, scores, -jnp.inf)
-        for ids in drops:
-            scores = scores.at[row, local(ids)].set(-jnp.inf, mode="drop")
-        best, where = lax.top_k(scores, min(k, columns.size))
-        best = jnp.concatenate([carry[0], best], 1)
-        ids = jnp.concatenate([carry[1], where.astype(jnp.int32) + columns.start], 1)
-        best, where = lax.top_k(best, k)
-        return best, jnp.take_along_axis(ids, where, 1)
+@partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _best(options: _Options, short: bool, *operands: Any) -> tuple[jax.Array, jax.Array]:
+    compute = _catalogue_top_k.of_lists if short else _catalogue_top_k.of_catalogue
+    return compute(*options, *operands)
 
-    empty = jnp.zeros_like(hidden[:, :1], dtype=jnp.float32) - jnp.inf
-    scores = jnp.broadcast_to(empty, (batch, k))
-    ids = jnp.full_like(scores, -1, dtype=jnp.int32)
-    size = items if item_block is None else item_block
-    scores, ids = _catalogue.over_rows(items, size, block, (scores, ids))
-    return scores, jnp.where(scores == -jnp.inf, -1, ids)
+
+@_best.defjvp
+def _best_jvp(
+    options: _Options, short: bool, primals: tuple[Any, ...], tangents: tuple[Any, ...]
+) -> tuple[Any, Any]:
+    scores, ids = _best(options, short, *primals)
+
+    def rescored(hidden: jax.Array, table: jax.Array, column: jax.Array | None) -> jax.Array:
+        safe = jnp.maximum(ids, 0)
+        value = jnp.einsum("bd,bkd->bk", hidden, table[safe], preferred_element_type=jnp.float32)
+        value = value if column is None else value + column[safe]
+        return jnp.where(ids >= 0, value, jnp.float32(0))
+
+    # Columns of removed items are -inf, but they are not among `ids`.
+    _, d_scores = jax.jvp(rescored, primals[:3], tangents[:3])
+    return (scores, ids), (d_scores, np.zeros(ids.shape, jax.dtypes.float0))

@@ -1,6 +1,7 @@
 """A trained run, ready for use: recommend, evaluate, find similar items, export vectors."""
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,7 +24,7 @@ from jaxrec.evaluation.report import Report, compare
 from jaxrec.evaluation.results import describe_protocol, evaluate_lists
 from jaxrec.training.checkpoints import Checkpoints
 from jaxrec.training.config import Experiment
-from jaxrec.training.run_folder import RunFolder, read_json
+from jaxrec.training.run_folder import RunFolder
 from jaxrec.training.setup import count_from_newest, make_model, open_data, split_data
 
 
@@ -59,13 +60,13 @@ class Run:
     def __init__(self, path: str | Path, *, checkpoint: str = "best") -> None:
         self.folder = RunFolder(path)
         self.config: Experiment = self.folder.read_config()
-        data = read_json(self.folder.data)
+        data = self.folder.read_data()
         checkpoints = Checkpoints(self.folder.checkpoints, self.config.training.metric)
         try:
             self.step, stored = checkpoints.read_parameters(checkpoint)
         finally:
             checkpoints.close()
-        fresh, self._bind = make_model(self.config, int(data["items"]))
+        fresh, self._bind = make_model(self.config, data["items"])
         _check_shapes(self.folder, fresh, stored)
         self.parameters = {name: jax.numpy.asarray(stored[name]) for name in fresh}
         self._ranker = Ranker(self._bind)
@@ -158,14 +159,15 @@ class Run:
         """
         if (user is None) == (history is None):
             raise UserError("recommend: give a user or a history, one of the two")
+        if isinstance(history, str):
+            raise UserError(f"recommend: history is a list of item ids, got the text {history!r}")
         if history is not None:
             events = np.array([self._items.find(item) for item in history], np.int32)
-            who = "the history"
         else:
             assert user is not None
             events = np.asarray(self.interactions.history(self.interactions.user_index(user)))
-            who = f"user {user}"
         if not len(events):
+            who = "the history" if user is None else f"the history of user {user!r}"
             raise UserError(f"recommend: {who} is empty; give at least one item")
         contexts = self._contexts(events, np.array([0]), np.array([len(events)]), 1)
         scores, lists = self._ranker.lists(
@@ -220,6 +222,10 @@ class Run:
     ) -> RankedLists:
         """`recommend_all` for user indices instead of original ids."""
         offsets = np.asarray(self.interactions.offsets)
+        empty = np.flatnonzero(offsets[users] == offsets[users + 1])
+        if len(empty):
+            user = self.interactions.user_id(int(users[empty[0]]))
+            raise UserError(f"recommend: the history of user {user!r} is empty; leave them out")
         contexts = self._contexts(
             self.interactions.items,
             offsets[users],
@@ -240,12 +246,15 @@ class Run:
     def lists(self, part: str = "test", ks: tuple[int, ...] | None = None) -> NDArray[np.int32]:
         """Ranked item indices for every target of a part of the split, in the split's order."""
         config = self.config
+        cuts = tuple(ks or config.evaluation.ks)
+        if any(k < 1 for k in cuts):
+            raise UserError(f"cut-offs must be whole numbers from 1 on, got {cuts}")
         targets = targets_of(self.split, part)
         evaluator = Evaluator(
             self.interactions,
             targets,
             self._ranker,
-            ks=ks or config.evaluation.ks,
+            ks=cuts,
             filter_seen=config.evaluation.filter_seen,
             batch_size=config.evaluation.batch_size,
             max_length=config.data.max_length,
@@ -269,9 +278,7 @@ class Run:
         data, split = self.interactions, self.split
         report = compare(
             evaluate_lists(lists, data, targets_of(split, part), ks=cuts),
-            evaluate_baselines(
-                data, split, part=part, ks=cuts, filter_seen=settings.filter_seen
-            ),
+            evaluate_baselines(data, split, part=part, ks=cuts, filter_seen=settings.filter_seen),
             describe_protocol(data, split, part=part, filter_seen=settings.filter_seen),
             name=self.config.name,
             level=settings.level,
@@ -322,7 +329,8 @@ class Run:
         except OSError as error:
             raise UserError(f"{path}: cannot be written ({error.strerror})") from None
         finally:
-            temporary.unlink(missing_ok=True)
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
         return path
 
     def _contexts(

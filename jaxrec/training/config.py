@@ -6,7 +6,9 @@ that is stored is executed.
 """
 
 import dataclasses
+import math
 import runpy
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -137,6 +139,9 @@ def check(config: Experiment) -> Experiment:
       UserError: naming the first field that is wrong.
     """
     config = from_dict(to_dict(config), "config")
+    for name, value in _leaves(to_dict(config)):
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"config: {name} must be a finite number, got {value}")
     positive = {
         "data.max_length": config.data.max_length,
         "data.prefetch": config.data.prefetch,
@@ -147,9 +152,11 @@ def check(config: Experiment) -> Experiment:
         "evaluation.batch_size": config.evaluation.batch_size,
         "evaluation.resamples": config.evaluation.resamples,
         "optimizer.learning_rate": config.optimizer.learning_rate,
+        "optimizer.eps": config.optimizer.eps,
+        "optimizer.clip_norm": config.optimizer.clip_norm,
     }
     for name, value in positive.items():
-        if not value > 0:
+        if value is not None and not value > 0:
             raise UserError(f"config: {name} must be positive, got {value}")
     not_negative = {
         "training.patience": config.training.patience,
@@ -170,15 +177,21 @@ def check(config: Experiment) -> Experiment:
     for name, value in fractions.items():
         if not 0 < value < 1:
             raise UserError(f"config: {name} must be between 0 and 1, got {value}")
-    if not 0 <= config.loss.label_smoothing < 1:
-        raise UserError(
-            f"config: loss.label_smoothing must be in [0, 1), got {config.loss.label_smoothing}"
-        )
+    below_one = {
+        "loss.label_smoothing": config.loss.label_smoothing,
+        "optimizer.b1": config.optimizer.b1,
+        "optimizer.b2": config.optimizer.b2,
+    }
+    for name, value in below_one.items():
+        if not 0 <= value < 1:
+            raise UserError(f"config: {name} must be in [0, 1), got {value}")
+    if config.training.seed >= 2**31:
+        raise UserError(f"config: training.seed must be below 2^31, got {config.training.seed}")
     ks = config.evaluation.ks
     if not ks or any(k < 1 for k in ks):
         raise UserError(f"config: evaluation.ks must be one or more positive numbers, got {ks}")
     metric, _, k = config.training.metric.partition("@")
-    if metric not in ("hr", "ndcg", "mrr", "recall") or not k.isdigit() or int(k) not in ks:
+    if metric not in ("hr", "ndcg", "mrr", "recall") or k not in map(str, ks):
         raise UserError(
             "config: training.metric must be hr, ndcg, mrr or recall at one of evaluation.ks "
             f"{ks} (like ndcg@{ks[-1]}), got {config.training.metric!r}"
@@ -191,15 +204,53 @@ def check(config: Experiment) -> Experiment:
     ):
         if name not in names(kind):
             raise UserError(f"config: unknown {kind} {name!r}; known: {', '.join(names(kind))}")
-    config.model.check()
+    config.model.check(max_length=config.data.max_length)
     return config
+
+
+def _leaves(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every value of nested tables and lists with its dotted name."""
+    if isinstance(values, dict):
+        for key, value in values.items():
+            yield from _leaves(value, f"{prefix}.{key}" if prefix else str(key))
+    elif isinstance(values, list | tuple):
+        for number, value in enumerate(values):
+            yield from _leaves(value, f"{prefix}[{number}]")
+    else:
+        yield prefix, values
 
 
 def to_dict(config: Experiment) -> dict[str, Any]:
     """`config` as JSON types; the model's dictionary carries its `type`."""
-    result: dict[str, Any] = msgspec.to_builtins(config)
+    if not isinstance(config.model, ModelConfig):
+        raise UserError(
+            f"config: model must be a model's config, such as SASRecConfig(), got {config.model!r}"
+        )
+    try:
+        result: dict[str, Any] = msgspec.to_builtins(config)
+    except TypeError:
+        raise UserError(f"config: {_not_plain(config)}") from None
     result["model"] = {"type": config.model.type, **result["model"]}
     return result
+
+
+def _not_plain(config: Any, prefix: str = "") -> str:
+    """Names the first field whose value is not a plain Python value."""
+    for part in dataclasses.fields(config):
+        name, value = prefix + part.name, getattr(config, part.name)
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            found = _not_plain(value, f"{name}.")
+            if found:
+                return found
+            continue
+        try:
+            msgspec.to_builtins(value)
+        except TypeError:
+            return (
+                f"{name} must be a plain Python value, got {value!r} "
+                f"({type(value).__module__}.{type(value).__qualname__})"
+            )
+    return ""
 
 
 def from_dict(values: dict[str, Any], where: str) -> Experiment:
@@ -282,7 +333,11 @@ def load_config(path: str | Path) -> Experiment:
     try:
         defined = runpy.run_path(str(path))
     except SyntaxError as error:
-        raise UserError(f"{path}, line {error.lineno}: {error.msg}") from None
+        raise UserError(f"{error.filename or path}, line {error.lineno}: {error.msg}") from None
+    except SystemExit as stop:
+        raise UserError(
+            f"{path}, line {_line_in(path, stop)}: ends Python instead of defining `config`"
+        ) from None
     except Exception as error:
         line = _line_in(path, error)
         raise UserError(f"{path}, line {line}: {type(error).__name__}: {error}") from error

@@ -16,21 +16,21 @@ class Curves:
       path: the file.
       keep: lines of an earlier session that stay; what a resumed run will write again is cut off.
       tensorboard: folder for event files, or none.
+      first_step: the first step of this session, from which TensorBoard hides earlier sessions.
+
+    Raises:
+      UserError: the file has fewer lines than `keep`; tensorboardX is missing.
     """
 
-    def __init__(self, path: Path, *, keep: int, tensorboard: Path | None = None) -> None:
+    def __init__(
+        self, path: Path, *, keep: int, tensorboard: Path | None = None, first_step: int = 0
+    ) -> None:
         _truncate(path, keep)
         self.lines = keep
         self._file = path.open("a", encoding="utf-8")
         self._writer: Any = None
         if tensorboard is not None:
-            try:
-                from tensorboardX import SummaryWriter
-            except ImportError:
-                raise UserError(
-                    "training.tensorboard needs tensorboardX: pip install 'jaxrec[tensorboard]'"
-                ) from None
-            self._writer = SummaryWriter(str(tensorboard))
+            self._writer = summary_writer()(str(tensorboard), purge_step=first_step or None)
 
     def write(self, values: dict[str, Any]) -> None:
         """One line; it has a `step`."""
@@ -56,14 +56,27 @@ class Curves:
             self._writer.close()
 
 
+def summary_writer() -> Any:
+    """tensorboardX's writer; raises UserError where it is not installed."""
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError:
+        raise UserError(
+            "training.tensorboard needs tensorboardX: pip install 'jaxrec[tensorboard]'"
+        ) from None
+    return SummaryWriter
+
+
 def _truncate(path: Path, keep: int) -> None:
-    if not path.exists():
+    if not path.exists() and not keep:
         return
+    path.touch()
     with path.open("rb+") as file:
         for _ in range(keep):
             if not file.readline().endswith(b"\n"):
                 raise UserError(
-                    f"{path}: has fewer than the {keep} lines that its checkpoint remembers"
+                    f"{path}: has fewer than the {keep} lines that its checkpoint remembers; put "
+                    "them back, or begin anew with --overwrite"
                 )
         file.truncate(file.tell())
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 from jaxrec.data.pipeline import training_iterator
 from jaxrec.errors import UserError
@@ -16,15 +15,16 @@ from jaxrec.evaluation.evaluator import Evaluator, sample_targets
 from jaxrec.evaluation.ranker import Ranker
 from jaxrec.registry import resolve
 from jaxrec.training.checkpoints import Checkpoints, LoopState
-from jaxrec.training.config import Experiment, check
-from jaxrec.training.curves import Curves
+from jaxrec.training.config import Experiment, TrainingConfig, check
+from jaxrec.training.curves import Curves, summary_writer
 from jaxrec.training.interrupt import Interrupted, SignalFlag
 from jaxrec.training.optimizer import learning_rate, make_optimizer
 from jaxrec.training.progress import Reporter, reporter
 from jaxrec.training.run_folder import RunFolder
-from jaxrec.training.run_start import begin
+from jaxrec.training.run_start import begin, check_free
 from jaxrec.training.setup import (
     count_from_newest,
+    located,
     make_model,
     open_data,
     split_data,
@@ -65,11 +65,14 @@ def train(
       UserError: bad config or data, a folder that holds another run, a loss that is not finite.
       Interrupted: SIGTERM or Ctrl-C; a checkpoint has been saved.
     """
-    config = check(config)
+    config = located(check(config))
+    if config.training.tensorboard:
+        summary_writer()
     interactions = open_data(config.data)
     split = split_data(config, interactions)
     batches = training_batches(config, interactions, split)
-    folder = begin(RunFolder(out), config, interactions, split, overwrite=overwrite)
+    folder = RunFolder(out)
+    check_free(folder, config, interactions, overwrite=overwrite)
 
     parameters, bind = make_model(config, interactions.num_items)
     total_steps = len(batches)
@@ -91,6 +94,8 @@ def train(
         packed=config.data.packed,
         count_from_newest=count_from_newest(config),
     )
+    # Not before everything else is made: where that fails, no folder is left behind.
+    begin(folder, config, interactions, split, overwrite=overwrite)
     checkpoints = Checkpoints(folder.checkpoints, config.training.metric, create=True)
     try:
         with reporter(show_progress) as report, SignalFlag() as signals:
@@ -99,7 +104,10 @@ def train(
             if restored is not None:
                 state, loop = restored.state, restored.loop
                 checkpoints.forget_after(restored.step)
+                # Epochs and patience may be others now.
+                loop = loop._replace(finished=_is_finished(config.training, loop))
                 if not loop.finished:
+                    folder.results.unlink(missing_ok=True)
                     report.line(f"continuing at step {restored.step}, epoch {loop.epoch + 1}")
             else:
                 report.line(
@@ -111,6 +119,7 @@ def train(
                 folder.metrics,
                 keep=loop.lines,
                 tensorboard=folder.tensorboard if config.training.tensorboard else None,
+                first_step=0 if restored is None else restored.step + 1,
             ) as curves:
                 _Loop(
                     config=config,
@@ -161,7 +170,7 @@ class _Loop:
         self.signals = signals
 
     def run(self, state: TrainState, loop: LoopState) -> None:
-        while not loop.finished and loop.epoch < self.config.epochs:
+        while not loop.finished:
             state, loop = self._epoch(state, loop)
         self.checkpoints.wait()
 
@@ -190,27 +199,23 @@ class _Loop:
                 state = self._log(state, loop.epoch, done, done - point_step, point)
                 point, point_step = time.perf_counter(), done
             loop = loop._replace(seconds=before + time.perf_counter() - start)
-            if self.signals.received is not None:
-                self._stop(done, state, loop)
-            if config.checkpoint_every and done % config.checkpoint_every == 0 and done < end:
-                self._save(done, state, loop, None)
+            # At the end of an epoch the one checkpoint of that step is the one after validation.
+            if done < end:
+                if self.signals.received is not None:
+                    self._save(done, state, loop, None)
+                    self._stop(done)
+                if config.checkpoint_every and done % config.checkpoint_every == 0:
+                    self._save(done, state, loop, None)
         loop = loop._replace(epoch=loop.epoch + 1)
         return self._validate(state, loop, done, before, start)
 
     def _log(
         self, state: TrainState, epoch: int, done: int, steps: int, since: float
     ) -> TrainState:
-        loss_sum, norm_sum, count, bad_step, bad_parameter = jax.device_get(
-            (
-                state.loss_sum,
-                state.gradient_norm_sum,
-                state.loss_steps,
-                state.bad_step,
-                state.bad_parameter,
-            )
+        self._check_finite(state)
+        loss_sum, norm_sum, count = jax.device_get(
+            (state.loss_sum, state.gradient_norm_sum, state.loss_steps)
         )
-        if bad_step >= 0:
-            self._not_finite(state, int(bad_step), int(bad_parameter))
         seconds = time.perf_counter() - since
         loss = float(loss_sum) / max(1, int(count))
         self.curves.write(
@@ -226,18 +231,20 @@ class _Loop:
         self.report.note(f"loss {loss:.4f}")
         return reset_sums(state)
 
-    def _not_finite(self, state: TrainState, bad_step: int, bad_parameter: int) -> None:
-        names = parameter_names(state.parameters)
+    def _check_finite(self, state: TrainState) -> None:
+        bad_step, bad_parameter = map(int, jax.device_get((state.bad_step, state.bad_parameter)))
+        if bad_step < 0:
+            return
         epoch, batch = divmod(bad_step, self.steps_per_epoch)
         what = (
-            f"the gradient of {names[bad_parameter]} is"
+            f"the gradient of {parameter_names(state.parameters)[bad_parameter]}"
             if bad_parameter >= 0
-            else "the loss is (and every gradient is finite)"
+            else "the loss (but every gradient is finite)"
         )
         raise UserError(
-            f"not finite at step {bad_step} (epoch {epoch + 1}, batch {batch}): {what} not finite; "
-            "try a lower --optimizer.learning_rate or --optimizer.clip_norm 1; the checkpoints "
-            "before it are kept"
+            f"not finite at step {bad_step} (epoch {epoch + 1}, batch {batch}): {what}; try a "
+            "lower --optimizer.learning_rate or --optimizer.clip_norm 1, in another --out or with "
+            "--overwrite; the checkpoints before it are kept"
         )
 
     def _validate(
@@ -264,6 +271,7 @@ class _Loop:
                     "validation": metrics,
                     "epoch_seconds": round(trained, 3),
                     "validation_seconds": round(seconds - trained, 3),
+                    "seconds": round(before + seconds, 3),
                 }
             )
             mark = " (best)" if loop.best_step == done else ""
@@ -271,14 +279,14 @@ class _Loop:
                 f"epoch {loop.epoch}: {trained:.1f} s, validation "
                 f"{config.metric} {value:.4f}{mark}, {seconds - trained:.1f} s"
             )
-        stopped = bool(config.patience) and loop.stale >= config.patience
         loop = loop._replace(
             seconds=before + time.perf_counter() - start,
-            lines=self.curves.lines,
-            finished=stopped or last,
+            finished=_is_finished(config, loop),
         )
         self._save(done, state, loop, metrics)
-        if stopped:
+        if self.signals.received is not None:
+            self._stop(done)
+        if loop.finished and not last:
             self.report.line(
                 f"stopped: {config.metric} has not improved for {loop.stale} validations; "
                 f"best {loop.best:.4f} at step {loop.best_step}"
@@ -292,20 +300,21 @@ class _Loop:
         loop: LoopState,
         metrics: dict[str, float] | None,
     ) -> None:
+        # A checkpoint of a frozen state would push out the good ones.
+        self._check_finite(state)
         self.checkpoints.save(
             done, state, self.iterator, loop._replace(lines=self.curves.lines), metrics
         )
 
-    def _stop(self, done: int, state: TrainState, loop: LoopState) -> None:
+    def _stop(self, done: int) -> None:
         number = self.signals.received
         assert number is not None
-        self._save(done, state, loop, None)
         self.checkpoints.wait()
         raise Interrupted(
             number, f"stopped at step {done} by a signal; the same command continues from there"
         )
 
 
-def host_parameters(parameters: dict[str, Any]) -> dict[str, np.ndarray]:
-    """Parameters as NumPy arrays."""
-    return {name: np.asarray(value) for name, value in parameters.items()}
+def _is_finished(config: TrainingConfig, loop: LoopState) -> bool:
+    stopped = bool(config.patience) and loop.stale >= config.patience
+    return stopped or loop.epoch >= config.epochs

@@ -21,6 +21,8 @@ from jaxrec.training.config import Experiment, check, from_dict, to_dict
 
 FORMAT = 1
 
+_DATA_FIELDS = {"name": str, "hash": str, "users": int, "items": int, "events": int}
+
 
 class RunFolder:
     """Paths and JSON files of a run; creates nothing until told to."""
@@ -66,6 +68,35 @@ class RunFolder:
         if not self.config.is_file():
             raise UserError(f"{self.path}: not a run folder, it has no config.json")
 
+    def read_data(self) -> dict[str, Any]:
+        """What data.json holds.
+
+        Raises:
+          UserError: no such file, or damaged.
+        """
+        values = read_json(self.data)
+        for key, kind in _DATA_FIELDS.items():
+            if not isinstance(values.get(key), kind):
+                raise UserError(
+                    f"{self.data}: {key} is {values.get(key)!r}, wanted {kind.__name__}; the file "
+                    "is damaged"
+                )
+        return values
+
+    def read_results(self) -> dict[str, Any] | None:
+        """What results.json holds; None before the run has ended.
+
+        Raises:
+          UserError: the file is damaged.
+        """
+        if not self.results.is_file():
+            return None
+        values = read_json(self.results)
+        metrics = values.get("metrics")
+        if not isinstance(metrics, dict) or not isinstance(metrics.get("test"), dict):
+            raise UserError(f"{self.results}: not a results file, it has no metrics of a test")
+        return dict(values)
+
     def write_config(self, config: Experiment) -> None:
         import jaxrec
 
@@ -80,12 +111,13 @@ class RunFolder:
         """
         self.require()
         values = read_json(self.config)
-        if values.get("format", 0) > FORMAT:
+        form = values.get("format")
+        if not isinstance(form, int) or "experiment" not in values:
+            raise UserError(f"{self.config}: not the config of a run")
+        if form > FORMAT:
             raise UserError(
                 f"{self.config}: written by a newer jaxrec ({values.get('jaxrec')}); upgrade"
             )
-        if "experiment" not in values:
-            raise UserError(f"{self.config}: has no experiment in it")
         return check(from_dict(values["experiment"], str(self.config)))
 
     def read_metrics(self) -> list[dict[str, Any]]:
@@ -96,11 +128,24 @@ class RunFolder:
         with self.metrics.open(encoding="utf-8") as file:
             for number, line in enumerate(file, 1):
                 try:
-                    lines.append(json.loads(line))
+                    values = json.loads(line)
                 except json.JSONDecodeError:
                     if line.endswith("\n"):
                         raise UserError(f"{self.metrics}, line {number}: not JSON") from None
+                    continue
+                if not _is_point(values):
+                    raise UserError(f"{self.metrics}, line {number}: not a point of a curve")
+                lines.append(values)
         return lines
+
+
+def _is_point(values: Any) -> bool:
+    return (
+        isinstance(values, dict)
+        and isinstance(values.get("step"), int)
+        and isinstance(values.get("loss", 0.0), int | float)
+        and isinstance(values.get("validation", {}), dict)
+    )
 
 
 def write_json(path: Path, values: Any) -> None:
@@ -126,6 +171,8 @@ def read_json(path: Path) -> Any:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not JSON ({error}); the file is damaged") from None
     if not isinstance(values, dict):

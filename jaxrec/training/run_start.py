@@ -1,6 +1,7 @@
 """What happens to a run folder before the first step: checks, and the files that describe it."""
 
 import shutil
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -10,7 +11,7 @@ from jaxrec.data.prepared import Interactions
 from jaxrec.data.splits import Split
 from jaxrec.errors import UserError
 from jaxrec.training.config import Experiment, to_dict
-from jaxrec.training.run_folder import RunFolder, read_json, write_json
+from jaxrec.training.run_folder import RunFolder, write_json
 
 # What may differ when a run is continued: none of it changes a step that was already made. Epochs
 # count only while the learning rate does not depend on how many there will be.
@@ -25,6 +26,24 @@ _MAY_CHANGE = (
 )
 
 
+def check_free(
+    folder: RunFolder, config: Experiment, interactions: Interactions, *, overwrite: bool
+) -> None:
+    """Refuses a folder that this run may not use.
+
+    Raises:
+      UserError: the folder holds something else, or a run of another config or data.
+    """
+    if folder.path.exists() and not folder.path.is_dir():
+        raise UserError(f"{folder.path}: is a file; give a folder for the run")
+    if folder.exists():
+        if not overwrite:
+            _check_same(folder, config, interactions)
+    elif folder.path.is_dir() and any(folder.path.iterdir()) and not _mark(folder).exists():
+        what = "so it is not overwritten" if overwrite else "and not empty; choose another --out"
+        raise UserError(f"{folder.path}: not a run folder, {what}")
+
+
 def begin(
     folder: RunFolder,
     config: Experiment,
@@ -32,29 +51,48 @@ def begin(
     split: Split,
     *,
     overwrite: bool,
-) -> RunFolder:
-    """Makes the folder of a new run, or checks that it holds this one.
+) -> None:
+    """Makes the folder of a new run; that of a run to be continued gets the config as it is now.
+
+    A mark stands in the folder while it is made or cleared, so that a kill at any moment leaves a
+    folder that the same command can use.
 
     Raises:
-      UserError: the folder holds something else, or a run of another config or data.
+      UserError: as `check_free`; the disk refuses.
     """
-    if folder.path.exists() and not folder.path.is_dir():
-        raise UserError(f"{folder.path}: is a file; give a folder for the run")
-    if overwrite and folder.path.exists():
-        if any(folder.path.iterdir()) and not folder.exists():
-            raise UserError(f"{folder.path}: not a run folder, so it is not overwritten")
-        shutil.rmtree(folder.path)
-    if folder.exists():
-        _check_same(folder, config, interactions)
-        folder.write_config(config)
-        return folder
-    if folder.path.is_dir() and any(folder.path.iterdir()):
-        raise UserError(f"{folder.path}: not empty and not a run folder; choose another --out")
+    check_free(folder, config, interactions, overwrite=overwrite)
     try:
-        folder.path.mkdir(parents=True, exist_ok=True)
+        if overwrite or not folder.exists():
+            folder.path.mkdir(parents=True, exist_ok=True)
+            _clear(folder)
+            _describe(folder, interactions, split)
+        # Last: a folder without it is not a run yet.
+        folder.write_config(config)
+        _mark(folder).unlink(missing_ok=True)
     except OSError as error:
-        raise UserError(f"{folder.path}: cannot be made ({error.strerror})") from None
-    _write_items(folder, interactions)
+        raise UserError(f"{folder.path}: cannot be written ({error.strerror})") from None
+
+
+def _mark(folder: RunFolder) -> Path:
+    return folder.path / ".beginning"
+
+
+def _clear(folder: RunFolder) -> None:
+    mark = _mark(folder)
+    mark.touch()
+    folder.config.unlink(missing_ok=True)
+    for entry in folder.path.iterdir():
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        elif entry != mark:
+            entry.unlink()
+
+
+def _describe(folder: RunFolder, interactions: Interactions, split: Split) -> None:
+    table = pa.table({"item_id": pa.array(interactions.item_ids.tolist())})
+    if interactions.item_titles is not None:
+        table = table.append_column("title", pa.array(interactions.item_titles, pa.string()))
+    pq.write_table(table, folder.items)
     write_json(
         folder.data,
         {
@@ -67,16 +105,6 @@ def begin(
             "split_description": split.description,
         },
     )
-    # Last: a folder without it is not a run yet.
-    folder.write_config(config)
-    return folder
-
-
-def _write_items(folder: RunFolder, interactions: Interactions) -> None:
-    table = pa.table({"item_id": pa.array(interactions.item_ids.tolist())})
-    if interactions.item_titles is not None:
-        table = table.append_column("title", pa.array(interactions.item_titles, pa.string()))
-    pq.write_table(table, folder.items)
 
 
 def _check_same(folder: RunFolder, config: Experiment, interactions: Interactions) -> None:
@@ -96,11 +124,11 @@ def _check_same(folder: RunFolder, config: Experiment, interactions: Interaction
             f"{folder.path}: holds a run with {name} = {before.get(name)!r}, now it is "
             f"{now.get(name)!r}; choose another --out, or --overwrite"
         )
-    data = read_json(folder.data)
-    if data.get("hash") != interactions.hash:
+    data = folder.read_data()
+    if data["hash"] != interactions.hash:
         raise UserError(
-            f"{folder.path}: was trained on another version of {data.get('name')!r} (hash "
-            f"{str(data.get('hash'))[:12]}, now {interactions.hash[:12]}); choose another --out, "
+            f"{folder.path}: was trained on another version of {data['name']!r} (hash "
+            f"{data['hash'][:12]}, now {interactions.hash[:12]}); choose another --out, "
             "or --overwrite"
         )
 

@@ -1,7 +1,10 @@
 """From a config to the parts of a run: data, split, model."""
 
 import inspect
+import os
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from jax import Array
@@ -24,6 +27,14 @@ def open_data(config: DataConfig) -> Interactions:
 
         return generate(GENERATED)
     return open_prepared(config.name)
+
+
+def located(config: Experiment) -> Experiment:
+    """The config with the path of a data set made absolute: a run is opened from anywhere."""
+    if os.sep not in config.data.name:
+        return config
+    path = Path(config.data.name).expanduser().absolute()
+    return replace(config, data=replace(config.data, name=str(path)))
 
 
 def split_data(config: Experiment, interactions: Interactions) -> Split:

@@ -227,7 +227,7 @@ def test_names_that_are_refused(name):
 def test_sets_are_found_by_name(shop, tmp_path, monkeypatch):
     monkeypatch.setenv("JAXREC_DATA_DIR", str(tmp_path))
     assert open_prepared("shop").hash == shop.hash
-    assert open_prepared("shop", root=tmp_path).hash == shop.hash
+    assert open_prepared("shop", data_dir=tmp_path).hash == shop.hash
     assert open_prepared(shop.path).hash == shop.hash
     assert open_prepared(str(shop.path)).hash == shop.hash
     (tmp_path / ".shop.new-x").mkdir()
@@ -237,14 +237,14 @@ def test_sets_are_found_by_name(shop, tmp_path, monkeypatch):
 
 def test_unknown_set_says_what_there_is(shop, tmp_path):
     with pytest.raises(UserError) as caught:
-        open_prepared("shp", root=tmp_path)
+        open_prepared("shp", data_dir=tmp_path)
     text = str(caught.value)
     assert "no data set 'shp'" in text
     assert "there are: shop" in text
     assert "did you mean 'shop'?" in text
     assert "jaxrec data import FILE --name shp" in text
     with pytest.raises(UserError, match="there are none yet"):
-        open_prepared("shop", root=tmp_path / "empty")
+        open_prepared("shop", data_dir=tmp_path / "empty")
     with pytest.raises(UserError, match="not a prepared data set"):
         open_prepared(tmp_path)
 

@@ -214,6 +214,13 @@ def test_malformed_ratings_name_member_and_line(
     assert "\n" not in str(caught.value)
 
 
+def test_nothing_may_stand_between_the_two_colons(tmp_path: Path) -> None:
+    text = ratings_text("1m") + b"1:x:661::3::978300760\n"
+    path = write_movielens(tmp_path / "a.zip", "1m", ratings=text)
+    with pytest.raises(UserError, match=r"ratings.dat line 8 has 3 fields"):
+        list(movielens.read_ratings(_archive(path, "1m"), "1m"))
+
+
 def test_a_csv_with_other_columns_is_refused(tmp_path: Path) -> None:
     text = ratings_text("25m").replace(b"userId,movieId", b"movieId,userId", 1)
     path = write_movielens(tmp_path / "a.zip", "25m", ratings=text)

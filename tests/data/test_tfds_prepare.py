@@ -149,6 +149,18 @@ def test_nothing_is_printed_on_standard_output(
     assert "it/s" not in captured.err
 
 
+def test_tfdss_bucket_is_never_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tensorflow_datasets.core.utils import gcs_utils
+
+    def asked(*_: object) -> None:
+        raise AssertionError("the network was asked, and the archive is at hand")
+
+    for function in ("gcs_dataset_info_files", "is_dataset_on_gcs", "exists"):
+        monkeypatch.setattr(gcs_utils, function, asked)
+    archive = write_movielens(tmp_path / "a.zip", "1m")
+    prepare("movielens-1m", archive=archive, data_dir=tmp_path / "data", notice=_quiet)
+
+
 def test_progress_is_told(tmp_path: Path) -> None:
     told: list[tuple[str, float]] = []
     prepare(
@@ -232,10 +244,10 @@ def test_filters_apply_ratings_first_then_the_core(tmp_path: Path) -> None:
         archive=archive,
         data_dir=tmp_path / "data",
         notice=_quiet,
-        min_rating=3,
+        min_rating=4,
         min_item_events=2,
     )
-    # Of rating 3 or more: film 661 once, 1193 twice, 1 twice; film 50 not at all.
+    # Of rating 4 or more: films 1193 and 1, twice each.
     assert made.item_ids.tolist() == [1, 1193]
     assert made.user_ids.tolist() == [1, 2, 7]
     assert made.item_ids[made.history(0)].tolist() == [1193, 1]
@@ -243,7 +255,7 @@ def test_filters_apply_ratings_first_then_the_core(tmp_path: Path) -> None:
     assert made.ratings is not None
     assert made.ratings.tolist() == [5, 4, 5, 4]
     assert made.manifest["source"]["dropped"] == 3
-    assert made.manifest["options"]["min_rating"] == 3
+    assert made.manifest["options"]["min_rating"] == 4
 
 
 def test_the_same_ratings_as_a_table_make_the_same_set(

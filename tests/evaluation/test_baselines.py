@@ -44,6 +44,7 @@ def test_lists_equal_plain_loops(shop, k, block, part):
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_questions, "_BLOCK_EVENTS", block)
+        patch.setattr(_questions, "_BLOCK_ROWS", 2)
         assert popularity_scores(shop, split).tolist() == counts
         assert recency_scores(shop, split).tolist() == last
         for rank, scores in ((popularity, counts), (most_recent, last)):
@@ -141,6 +142,31 @@ def test_without_timestamps():
     assert got.tolist() == [[2, 1, 0, 3, 4], [0, 2, 1, 3, 4]]
     both = evaluate_baselines(shop, split, ks=(1,), filter_seen=False)
     assert list(both) == ["popularity", "most_recent"]
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.lists(st.tuples(st.integers(0, 20), st.integers(0, 6)), max_size=12),
+    st.integers(1, 9),
+    st.integers(1, 4),
+)
+def test_blocks_of_histories_are_all_ranges_within_the_bounds(ranges, most_events, most_rows):
+    starts = np.array([start for start, _ in ranges], np.int64)
+    stops = starts + np.array([length for _, length in ranges], np.int64)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_questions, "_BLOCK_EVENTS", most_events)
+        patch.setattr(_questions, "_BLOCK_ROWS", most_rows)
+        blocks = list(_questions.histories(starts, stops))
+    got = [[] for _ in ranges]
+    at = 0
+    for rows, owners, events in blocks:
+        assert rows.start == at < rows.stop <= at + most_rows
+        assert len(events) <= most_events or rows.stop == at + 1
+        for owner, event in zip(owners, events, strict=True):
+            got[at + owner].append(int(event))
+        at = rows.stop
+    assert at == len(ranges)
+    assert got == [list(range(start, start + length)) for start, length in ranges]
 
 
 def test_bad_arguments():

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.extend.core import jaxprs_in_params
 
 PATTERNS = ("plain", "left", "right", "packed", "packed_holes", "interleaved", "empty_rows")
 
@@ -47,10 +48,24 @@ def qkv(rng, batch, length, heads, head_dim, value_dim, dtype=np.float32):
     )
 
 
-def pulled(f, arrays, d_out):
-    """Gradients of `sum(f(*arrays) * d_out)`."""
-    _, pull = jax.vjp(f, *map(jnp.asarray, arrays))
-    return pull(jnp.asarray(d_out))
+# These tests compile far more than they compute.
+QUICK = {"xla_backend_optimization_level": 0}
+
+
+def run(f, *args, **kwargs):
+    """`f(*args, **kwargs)`, compiled at once instead of one operation at a time."""
+    return jax.jit(lambda *a: f(*a, **kwargs), compiler_options=QUICK)(*args)
+
+
+def gradients_of(f, compiler_options=QUICK):
+    """Compiled `(arrays, d_out) -> f(*arrays), gradients of sum(f(*arrays) * d_out)`."""
+
+    def both(arrays, d_out):
+        out, pull = jax.vjp(f, *arrays)
+        return out, pull(d_out)
+
+    compiled = jax.jit(both, compiler_options=compiler_options)
+    return lambda arrays, d_out: compiled([jnp.asarray(a) for a in arrays], jnp.asarray(d_out))
 
 
 def close(got, want, tolerance, what=""):
@@ -71,7 +86,7 @@ def largest_intermediate(f, *args):
         for equation in jaxpr.eqns:
             for variable in equation.outvars:
                 largest = max(largest, int(np.prod(variable.aval.shape)))
-            for inner in jax.core.jaxprs_in_params(equation.params):
+            for inner in jaxprs_in_params(equation.params):
                 visit(inner)
 
     visit(jax.make_jaxpr(f)(*args).jaxpr)

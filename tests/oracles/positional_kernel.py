@@ -118,8 +118,7 @@ def positional_kernel_attention(
                     continue
                 logits = {k: scale * query[b, i, h] @ key[b, k, h] for k in seen}
                 kernelized = [
-                    sum(logits[k] * for_logits(h, p[k], p[j]) for k in seen if k <= j)
-                    for j in seen
+                    sum(logits[k] * for_logits(h, p[k], p[j]) for k in seen if k <= j) for j in seen
                 ]
                 out[b, i, h] = weights_of(np.array(kernelized)) @ mixed_values[b, seen, h]
     return out

@@ -175,7 +175,7 @@ def _given(
     if metadata_archive is not None:
         paths["metadata"] = Path(metadata_archive).expanduser()
     elif entry.metadata is not None:
-        tell(f"no titles: they are in {entry.metadata.filename} (pass it as metadata_archive)")
+        tell(f"no titles: they are in {entry.metadata.filename} (--metadata-archive FILE)")
     for path in paths.values():
         check_readable(path)
     wanted, given = entry.ratings, paths["ratings"]

@@ -1,0 +1,665 @@
+"""linear_cross_entropy and its mean against float64, and their promises."""
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from catalogue_cases import TILINGS, close, double, draw, loss_module, pulled, run, tiling
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.sharding import Mesh, PartitionSpec
+from oracles import linear_cross_entropy as oracle
+
+from jaxrec import ops
+from jaxrec.ops import _catalogue, _catalogue_loss
+
+SHAPES = [(1, 1, 1), (1, 9, 3), (9, 1, 3), (4, 6, 2), (13, 20, 5), (19, 25, 8)]
+# Errors relative to the largest element. bfloat16 gradients are rounded to 8 bits, and so are the
+# probabilities in their products; losses are float32 whatever the inputs.
+LOSS = {jnp.float32: 2e-6, jnp.bfloat16: 2e-6}
+GRADIENT = {jnp.float32: 5e-6, jnp.bfloat16: 1.2e-2}
+
+
+def options_of(rng, positions, items, dtype, *, bias=True, valid=True, label_smoothing=0.1):
+    return {
+        "bias": jnp.asarray(rng.normal(size=items), dtype) if bias else None,
+        "valid": jnp.asarray(rng.random(positions) > 0.3) if valid else None,
+        "label_smoothing": label_smoothing,
+    }
+
+
+def wide(options):
+    return {**options, "bias": double(options["bias"])}
+
+
+@pytest.mark.parametrize("blocks", TILINGS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["f32", "bf16"])
+def test_losses_and_gradients(rng, shape, dtype, blocks):
+    hidden, table, labels = draw(rng, *shape, dtype)
+    options = options_of(rng, *shape[:2], dtype)
+    bias = options.pop("bias")
+    cotangent = rng.normal(size=shape[0]).astype(np.float32)
+
+    def f(hidden, table, bias):
+        return ops.linear_cross_entropy(hidden, table, labels, bias=bias, **options)
+
+    with tiling(blocks):
+        losses, grads = pulled(f, (hidden, table, bias), cotangent)
+    exact = (double(hidden), double(table), np.asarray(labels))
+    assert losses.dtype == jnp.float32
+    close(losses, oracle.losses(*exact, bias=double(bias), **options), LOSS[dtype], "losses")
+    want = oracle.gradients(*exact, cotangent, bias=double(bias), **options)
+    for name, g, w in zip(("hidden", "table", "bias"), grads, want, strict=True):
+        assert g.dtype == dtype
+        close(g, w, GRADIENT[dtype], name)
+
+
+@pytest.mark.parametrize("blocks", TILINGS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["f32", "bf16"])
+def test_mean_and_its_gradients(rng, shape, dtype, blocks):
+    hidden, table, labels = draw(rng, *shape, dtype)
+    options = options_of(rng, *shape[:2], dtype)
+    options["valid"] = options["valid"].at[0].set(True)
+    bias = options.pop("bias")
+    weights = jnp.asarray(rng.random(shape[0]) + 0.1, dtype)
+    scale = -1.7
+
+    def f(hidden, table, bias, weights):
+        return scale * ops.mean_linear_cross_entropy(
+            hidden, table, labels, bias=bias, weights=weights, **options
+        )
+
+    with tiling(blocks):
+        mean, grads = pulled(f, (hidden, table, bias, weights), np.float32(1))
+    exact = (double(hidden), double(table), np.asarray(labels))
+    valid = np.asarray(options["valid"])
+    options |= {"bias": double(bias), "valid": valid}
+    want_mean = oracle.mean(*exact, weights=double(weights), **options)
+    assert mean.dtype == jnp.float32
+    assert mean.shape == ()
+    np.testing.assert_allclose(float(mean), scale * want_mean, rtol=2e-6)
+    w = np.where(valid, double(weights), 0)
+    want = oracle.gradients(*exact, scale * w / w.sum(), **options)
+    want_weights = np.where(valid, scale * (oracle.losses(*exact, **options) - want_mean), 0)
+    want = (*want, want_weights / w.sum())
+    for name, g, v in zip(("hidden", "table", "bias", "weights"), grads, want, strict=True):
+        assert g.dtype == dtype
+        # A single position has a weight that cannot matter: the wanted gradient is 0.
+        close(g, v, GRADIENT[dtype], name) if np.abs(v).max() > 1e-9 else close(g + 1, v + 1, 1e-6)
+
+
+@pytest.mark.parametrize("blocks", TILINGS)
+@pytest.mark.parametrize(
+    ("bias", "valid", "label_smoothing"), [*itertools.product([0, 1], [0, 1], [0.0, 0.3, 1.0])]
+)
+def test_every_option_alone_and_together(rng, bias, valid, label_smoothing, blocks):
+    hidden, table, labels = draw(rng, 10, 15, 4)
+    options = options_of(
+        rng, 10, 15, jnp.float32, bias=bias, valid=valid, label_smoothing=label_smoothing
+    )
+    exact = (double(hidden), double(table), np.asarray(labels))
+
+    def f(hidden, table):
+        each = ops.linear_cross_entropy(hidden, table, labels, **options)
+        return each, ops.mean_linear_cross_entropy(hidden, table, labels, **options)
+
+    cotangents = rng.normal(size=10).astype(np.float32), np.float32(0)
+    one = np.zeros(10, np.float32), np.float32(1)
+    with tiling(blocks):
+
+        def both(h, t):
+            (each, mean), pull = jax.vjp(f, h, t)
+            return (
+                each,
+                mean,
+                pull(tuple(map(jnp.asarray, cotangents))),
+                pull(tuple(map(jnp.asarray, one))),
+            )
+
+        each, mean, grads, mean_grads = run(both, hidden, table)
+    options = wide(options)
+    close(each, oracle.losses(*exact, **options), 2e-6)
+    np.testing.assert_allclose(float(mean), oracle.mean(*exact, **options), rtol=2e-6)
+    keep = np.ones(10) if options["valid"] is None else np.asarray(options["valid"], float)
+    for got, g in ((grads, cotangents[0]), (mean_grads, keep / keep.sum())):
+        want = oracle.gradients(*exact, g, **options)
+        close(got[0], want[0], 5e-6, "hidden")
+        close(got[1], want[1], 5e-6, "table")
+
+
+def test_oracle_gradients_are_those_of_the_oracle_losses(rng):
+    hidden, table, labels = (np.asarray(x, np.float64) for x in draw(rng, 5, 7, 3))
+    labels = labels.astype(int)
+    bias, g = rng.normal(size=7), rng.normal(size=5)
+    options = {"valid": np.array([1, 1, 0, 1, 1], bool), "label_smoothing": 0.2}
+    want = oracle.gradients(hidden, table, labels, g, bias=bias, **options)
+    of = (
+        lambda x: g @ oracle.losses(x, table, labels, bias=bias, **options),
+        lambda x: g @ oracle.losses(hidden, x, labels, bias=bias, **options),
+        lambda x: g @ oracle.losses(hidden, table, labels, bias=x, **options),
+    )
+    for f, x, w in zip(of, (hidden, table, bias), want, strict=True):
+        np.testing.assert_allclose(oracle.by_differences(f, x), w, atol=1e-8)
+
+
+def test_agrees_with_optax(rng):
+    hidden, table, labels = draw(rng, 11, 17, 4)
+    dense = optax.softmax_cross_entropy_with_integer_labels(hidden @ table.T, labels)
+    close(ops.linear_cross_entropy(hidden, table, labels), dense, 2e-6)
+
+
+@pytest.mark.parametrize("blocks", TILINGS)
+def test_nothing_of_an_invalid_position_escapes(rng, blocks):
+    hidden, table, labels = draw(rng, 10, 15, 4)
+    valid = jnp.asarray(np.arange(10) % 3 > 0)
+    cotangent = jnp.asarray(rng.normal(size=10), jnp.float32)
+    bad = jnp.where(valid[:, None], hidden, jnp.nan)
+    odd = jnp.where(valid, labels, jnp.array([-1, 0, 0, 15, 0, 0, 2**31 - 1, 0, 0, -(2**31)]))
+
+    def f(hidden, table, labels, cotangent):
+        each, pull = jax.vjp(
+            lambda h, t: ops.linear_cross_entropy(h, t, labels, valid=valid), hidden, table
+        )
+        mean = jax.value_and_grad(ops.mean_linear_cross_entropy, (0, 1))
+        return each, pull(cotangent), mean(hidden, table, labels, valid=valid)
+
+    with tiling(blocks):
+        clean = run(f, hidden, table, labels, cotangent)
+        dirty = run(f, bad, table, odd, jnp.where(valid, cotangent, jnp.inf))
+    jax.tree.map(np.testing.assert_array_equal, dirty, clean)
+    assert np.isfinite(clean[0]).all()
+    assert not np.asarray(clean[0])[~np.asarray(valid)].any()
+    assert not np.asarray(clean[1][0])[~np.asarray(valid)].any()
+    assert np.abs(clean[1][1]).max() > 0
+
+
+@pytest.mark.parametrize("blocks", TILINGS)
+def test_nothing_valid(rng, blocks):
+    hidden, table, labels = draw(rng, 6, 9, 3)
+    valid = jnp.zeros(6, bool)
+
+    def f(hidden, table, weights):
+        return ops.mean_linear_cross_entropy(hidden, table, labels, valid=valid, weights=weights)
+
+    with tiling(blocks):
+        mean, grads = pulled(f, (hidden * jnp.nan, table, jnp.ones(6)), np.float32(1))
+        losses = run(lambda h: ops.linear_cross_entropy(h, table, labels, valid=valid), hidden)
+    assert float(mean) == 0
+    assert not np.asarray(losses).any()
+    for g in grads:
+        np.testing.assert_array_equal(g, np.zeros(g.shape))
+
+
+def test_weights_that_sum_to_zero_give_zero(rng):
+    hidden, table, labels = draw(rng, 6, 9, 3)
+    weights = jnp.zeros(6)
+    mean, grads = pulled(
+        lambda h, t: ops.mean_linear_cross_entropy(h, t, labels, weights=weights),
+        (hidden, table),
+        np.float32(1),
+    )
+    assert float(mean) == 0
+    assert not any(np.asarray(g).any() for g in grads)
+
+
+@pytest.mark.parametrize("blocks", TILINGS)
+@pytest.mark.parametrize("label", [-1, 9, 2**31 - 1, -(2**31)])
+def test_a_label_outside_the_catalogue_gives_nan(rng, label, blocks):
+    hidden, table, labels = draw(rng, 6, 9, 3)
+    labels = labels.at[2].set(label)
+
+    def f(hidden, table):
+        return ops.linear_cross_entropy(hidden, table, labels)
+
+    def mean(hidden, table):
+        return ops.mean_linear_cross_entropy(hidden, table, labels)
+
+    with tiling(blocks):
+        losses, (d_hidden, d_table) = pulled(f, (hidden, table), np.ones(6, np.float32))
+        value, (m_hidden, m_table) = pulled(mean, (hidden, table), np.float32(1))
+    want = oracle.losses(double(hidden), double(table), np.asarray(labels))
+    np.testing.assert_allclose(losses, want, rtol=1e-5, atol=1e-6)
+    assert np.isnan(losses[2])
+    assert np.isnan(value)
+    for g in (d_hidden, m_hidden):
+        assert np.isnan(g[2]).all()
+        assert np.isfinite(np.delete(np.asarray(g), 2, 0)).all()
+    assert np.isnan(d_table).all()
+    assert np.isnan(m_table).all()
+
+
+@pytest.mark.parametrize("blocks", TILINGS)
+def test_logits_of_ten_thousand_stay_finite(rng, blocks):
+    hidden, table, labels = draw(rng, 9, 14, 4, scale=70.0)
+    assert np.abs(double(hidden) @ double(table).T).max() > 1e4
+    exact = (double(hidden), double(table), np.asarray(labels))
+    cotangent = np.full(9, 1 / 9)
+
+    def f(hidden, table):
+        return ops.linear_cross_entropy(hidden, table, labels).mean()
+
+    def mean(hidden, table):
+        return ops.mean_linear_cross_entropy(hidden, table, labels)
+
+    want = oracle.gradients(*exact, cotangent)
+    for g in (f, mean):
+        with tiling(blocks):
+            value, grads = pulled(g, (hidden, table), np.float32(1))
+        np.testing.assert_allclose(value, oracle.losses(*exact).mean(), rtol=1e-5)
+        close(grads[0], want[0], 2e-2)
+        close(grads[1], want[1], 2e-2)
+
+
+@pytest.mark.parametrize("blocks", TILINGS)
+def test_bias_of_minus_infinity_removes_items(rng, blocks):
+    hidden, table, labels = draw(rng, 9, 14, 4)
+    labels = labels % 7
+    bias = jnp.asarray(np.where(np.arange(14) < 7, rng.normal(size=14), -np.inf), jnp.float32)
+
+    def f(hidden, table, bias):
+        return ops.linear_cross_entropy(hidden, table, labels, bias=bias)
+
+    def mean(hidden, table, bias):
+        return ops.mean_linear_cross_entropy(hidden, table, labels, bias=bias)
+
+    cotangent = rng.normal(size=9).astype(np.float32)
+    with tiling(blocks):
+        got, grads = pulled(f, (hidden, table, bias), cotangent)
+        want, want_grads = pulled(f, (hidden, table[:7], bias[:7]), cotangent)
+        _, mean_grads = pulled(mean, (hidden, table, bias), np.float32(1))
+    close(got, want, 1e-6)
+    close(grads[0], want_grads[0], 2e-6)
+    close(grads[1][:7], want_grads[1], 2e-6)
+    for g in (*grads[1:], *mean_grads[1:]):
+        np.testing.assert_array_equal(g[7:], np.zeros(g[7:].shape))
+
+
+def test_only_item_of_the_catalogue_costs_nothing(rng):
+    hidden, table, labels = draw(rng, 5, 1, 3)
+    losses, grads = pulled(
+        lambda h, t: ops.linear_cross_entropy(h, t, labels), (hidden, table), np.ones(5, np.float32)
+    )
+    np.testing.assert_allclose(losses, np.zeros(5), atol=1e-6)
+    for g in grads:
+        np.testing.assert_allclose(g, np.zeros(g.shape), atol=1e-6)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_no_positions(smoothing):
+    hidden, table = jnp.zeros((0, 4)), jnp.ones((5, 4))
+    labels = jnp.zeros((0,), jnp.int32)
+
+    def f(table):
+        losses = ops.linear_cross_entropy(hidden, table, labels, label_smoothing=smoothing)
+        assert losses.shape == (0,)
+        return losses.sum() + ops.mean_linear_cross_entropy(
+            hidden, table, labels, label_smoothing=smoothing
+        )
+
+    value, (grad,) = pulled(f, (table,), np.float32(1))
+    assert float(value) == 0
+    assert not np.asarray(grad).any()
+
+
+@pytest.mark.parametrize("blocks", ["small", "small_two_pass"])
+def test_bfloat16_gradients_are_summed_in_float32(blocks):
+    """Each position adds less than bfloat16 can add to what is there already."""
+    positions, items = 1200, 2
+    hidden = jnp.ones((positions, 1), jnp.bfloat16)
+    table = jnp.zeros((items, 1), jnp.bfloat16)
+    labels = jnp.zeros((positions,), jnp.int32)
+
+    def f(table):
+        return ops.linear_cross_entropy(hidden, table, labels).sum()
+
+    def mean(table):
+        return ops.mean_linear_cross_entropy(hidden, table, labels) * positions
+
+    for g in (f, mean):
+        with tiling(blocks):
+            _, (grad,) = pulled(g, (table,), np.float32(1))
+        np.testing.assert_allclose(np.asarray(grad, np.float32)[:, 0], [-600, 600], rtol=4e-3)
+
+
+@pytest.mark.parametrize("kind", ["int8", "uint8", "int16", "uint32", "int64"])
+def test_labels_of_any_integer_type(rng, kind):
+    hidden, table, labels = draw(rng, 6, 9, 3)
+    got = ops.linear_cross_entropy(hidden, table, np.asarray(labels).astype(kind))
+    np.testing.assert_array_equal(got, ops.linear_cross_entropy(hidden, table, labels))
+
+
+def loss_and_gradients(f):
+    def g(hidden, table, labels):
+        losses, pull = jax.vjp(lambda h, t: f(h, t, labels), hidden, table)
+        return losses, *pull(jnp.cos(losses))
+
+    return g
+
+
+def in_scan(f):
+    def g(hidden, table, labels):
+        def step(carry, row):
+            return carry, loss_and_gradients(f)(row[0][None], table, row[1][None])
+
+        _, (losses, d_hidden, d_table) = jax.lax.scan(step, 0, (hidden, labels))
+        return losses[:, 0], d_hidden[:, 0], d_table.sum(0)
+
+    return g
+
+
+def over_mesh(f, check_vma):
+    """Positions over four devices, the table on each of them."""
+    mesh = Mesh(np.array(jax.devices()[:4]), ("data",))
+    rows, whole = PartitionSpec("data"), PartitionSpec()
+
+    def g(hidden, table, labels):
+        sharded = jax.shard_map(
+            f, mesh=mesh, in_specs=(rows, whole, rows), out_specs=rows, check_vma=check_vma
+        )
+        return loss_and_gradients(sharded)(hidden, table, labels)
+
+    return g
+
+
+def by_pmap(f, hidden, table, labels):
+    def split(x):
+        return x.reshape(4, -1, *x.shape[1:])
+
+    losses, d_hidden, d_table = jax.pmap(loss_and_gradients(f), in_axes=(0, None, 0))(
+        split(hidden), table, split(labels)
+    )
+    return losses.reshape(-1), d_hidden.reshape(hidden.shape), d_table.sum(0)
+
+
+def by_vmap(f):
+    def g(hidden, table, labels):
+        rows = jax.vmap(f, in_axes=(0, None, 0))
+        losses, d_hidden, d_table = loss_and_gradients(rows)(
+            hidden.reshape(4, -1, hidden.shape[1]), table, labels.reshape(4, -1)
+        )
+        return losses.reshape(-1), d_hidden.reshape(hidden.shape), d_table
+
+    return g
+
+
+TRANSFORMATIONS = {
+    "eager": lambda f, *x: loss_and_gradients(f)(*x),
+    "jit": lambda f, *x: run(loss_and_gradients(f), *x),
+    "remat": lambda f, *x: run(loss_and_gradients(jax.checkpoint(f)), *x),
+    "vmap": lambda f, *x: run(by_vmap(f), *x),
+    "scan": lambda f, *x: run(in_scan(f), *x),
+    "shard_map": lambda f, *x: run(over_mesh(f, True), *x),
+    "shard_map unchecked": lambda f, *x: run(over_mesh(f, False), *x),
+    "pmap": by_pmap,
+}
+
+
+@pytest.mark.parametrize("transformation", TRANSFORMATIONS)
+def test_transformations(rng, transformation):
+    hidden, table, labels = draw(rng, 20, 13, 4)
+    bias = jnp.asarray(rng.normal(size=13), jnp.float32)
+    f = functools.partial(ops.linear_cross_entropy, bias=bias, label_smoothing=0.1)
+    exact = (double(hidden), double(table), np.asarray(labels))
+    options = {"bias": double(bias), "label_smoothing": 0.1}
+    want = oracle.losses(*exact, **options)
+    with tiling("small"):
+        losses, *grads = TRANSFORMATIONS[transformation](f, hidden, table, labels)
+    close(losses, want, 2e-6)
+    for got, w in zip(grads, oracle.gradients(*exact, np.cos(want), **options)[:2], strict=True):
+        close(got, w, 5e-6)
+
+
+@pytest.mark.parametrize("blocks", ["small", "small_two_pass"])
+@pytest.mark.parametrize("way", ["jit", "remat", "vmap", "scan", "shard_map"])
+def test_transformations_of_the_mean(rng, way, blocks):
+    """The mean of four parts with their own weights, each way of taking it."""
+    hidden, table, labels = draw(rng, 24, 13, 4)
+    valid = jnp.asarray(rng.random(24) > 0.4)
+    weights = jnp.asarray(rng.random(24) + 0.1, jnp.float32)
+    parts = [x.reshape(4, 6, *x.shape[1:]) for x in (hidden, labels, valid, weights)]
+
+    def one(hidden, labels, valid, weights, table):
+        return ops.mean_linear_cross_entropy(hidden, table, labels, valid=valid, weights=weights)
+
+    def part(hidden, labels, valid, weights, table):
+        mean = one(hidden, labels, valid, weights, table)
+        share = jnp.where(valid, weights, 0.0).sum()
+        return mean * share, share
+
+    def total(hidden, table):
+        rows = (hidden.reshape(parts[0].shape), *parts[1:])
+        if way in ("jit", "remat"):
+            f = jax.checkpoint(one) if way == "remat" else one
+            return f(hidden, labels, valid, weights, table)
+        if way == "vmap":
+            sums, shares = jax.vmap(part, in_axes=(0, 0, 0, 0, None))(*rows, table)
+        elif way == "scan":
+
+            def step(carry, x):
+                return carry, part(*x, table)
+
+            sums, shares = jax.lax.scan(step, 0, rows)[1]
+        else:
+            mesh = Mesh(np.array(jax.devices()[:4]), ("data",))
+            split, whole = PartitionSpec("data"), PartitionSpec()
+
+            def summed(*x):
+                return jax.lax.psum(part(*x), "data")
+
+            sums, shares = jax.shard_map(
+                summed, mesh=mesh, in_specs=(split,) * 4 + (whole,), out_specs=whole
+            )(hidden, labels, valid, weights, table)
+        return sums.sum() / shares.sum()
+
+    with tiling(blocks):
+        value, grads = pulled(total, (hidden, table), np.float32(1))
+    exact = (double(hidden), double(table), np.asarray(labels))
+    w = np.where(valid, double(weights), 0)
+    np.testing.assert_allclose(value, w @ oracle.losses(*exact) / w.sum(), rtol=2e-6)
+    for got, want in zip(grads, oracle.gradients(*exact, w / w.sum())[:2], strict=True):
+        close(got, want, 5e-6)
+
+
+@pytest.mark.parametrize("f", [ops.linear_cross_entropy, ops.mean_linear_cross_entropy])
+def test_second_derivatives(rng, f):
+    """Forward over reverse, as curvature products need it."""
+    hidden, table, labels = draw(rng, 6, 9, 3)
+    direction = jnp.asarray(rng.normal(size=table.shape), jnp.float32)
+
+    def gradient(table):
+        return jax.grad(lambda t: f(hidden, t, labels).mean())(table)
+
+    _, product = run(lambda t: jax.jvp(gradient, (t,), (direction,)), table)
+    cotangent = np.full(6, 1 / 6)
+    step = 1e-5
+    up, down = (
+        oracle.gradients(
+            double(hidden), double(table) + s * double(direction), np.asarray(labels), cotangent
+        )[1]
+        for s in (step, -step)
+    )
+    close(product, (up - down) / (2 * step), 1e-4)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    positions=st.integers(1, 11),
+    items=st.integers(1, 17),
+    smoothing=st.sampled_from([0.0, 0.25]),
+    blocks=st.sampled_from(sorted(TILINGS)),
+    seed=st.integers(0, 2**16),
+)
+def test_properties(positions, items, smoothing, blocks, seed):
+    rng = np.random.default_rng(seed)
+    hidden, table, labels = draw(rng, positions, items, 3)
+    bias = jnp.asarray(rng.normal(size=items), jnp.float32)
+    valid = jnp.asarray(rng.random(positions) > 0.3)
+    order = rng.permutation(items)
+    place = jnp.asarray(np.argsort(order), jnp.int32)
+
+    def f(hidden, table, labels, bias, valid=None, mean=False):
+        op = ops.mean_linear_cross_entropy if mean else ops.linear_cross_entropy
+        return op(hidden, table, labels, bias=bias, valid=valid, label_smoothing=smoothing)
+
+    with tiling(blocks):
+        losses = f(hidden, table, labels, bias)
+        # A constant in the bias cancels; the order of items does not matter.
+        np.testing.assert_allclose(f(hidden, table, labels, bias + 3), losses, atol=1e-5)
+        permuted = f(hidden, table[order], place[labels], bias[order])
+        np.testing.assert_allclose(permuted, losses, atol=1e-5)
+        # Masking is leaving out; the mean is the mean.
+        masked = f(hidden, table, labels, bias, valid)
+        np.testing.assert_allclose(masked, np.where(valid, losses, 0), atol=1e-6)
+        mean = f(hidden, table, labels, bias, valid, mean=True)
+        want = np.asarray(losses)[np.asarray(valid)].mean() if valid.any() else 0.0
+        np.testing.assert_allclose(mean, want, atol=1e-5)
+        # The gradient of the bias sums to zero: shares of one.
+        d_bias = jax.grad(lambda b: f(hidden, table, labels, b, valid, mean=True))(bias)
+        np.testing.assert_allclose(d_bias.sum(), 0, atol=1e-6)
+    assert (np.asarray(losses) >= -1e-6).all()
+
+
+def test_statistics_of_disjoint_sets_of_items_combine(rng):
+    """The seam for a catalogue that is spread over devices."""
+    hidden, table, labels = draw(rng, 7, 12, 3)
+    problem = _catalogue_loss.clean(hidden, table, None, labels, jnp.ones(7, bool))
+    whole = _catalogue_loss.statistics(problem, _catalogue_loss.Blocks(7, 12))
+    logits = hidden @ table.T
+    parts = [
+        _catalogue_loss.block_statistics(logits[:, begin:end], labels - begin)
+        for begin, end in ((0, 5), (5, 6), (6, 12))
+    ]
+    together = functools.reduce(_catalogue_loss.combine, parts)
+    close(_catalogue_loss.log_sum_exp(together), _catalogue_loss.log_sum_exp(whole), 1e-6)
+    close(together.target, whole.target, 1e-6)
+    close(whole.target, double(logits)[np.arange(7), np.asarray(labels)], 1e-6)
+
+
+@pytest.mark.parametrize("count", [1, 7, 8, 9, 100, 511, 513, 1000, 12_800])
+@pytest.mark.parametrize("largest", [1, 3, 8, 512])
+def test_balanced_blocks_cover_the_rows_and_repeat_few(count, largest):
+    size = _catalogue.balanced(count, largest)
+    blocks = -(-count // size)
+    assert 1 <= size <= largest
+    assert blocks == -(-count // largest)
+    assert blocks * size - count < 8 * blocks
+
+
+@pytest.mark.parametrize("op", [ops.linear_cross_entropy, ops.mean_linear_cross_entropy])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hidden": jnp.ones((2, 3, 4))}, r"hidden must have rank 2.*\(2, 3, 4\).*flatten"),
+        ({"hidden": jnp.ones(4)}, r"hidden must have rank 2, got shape \(4,\)"),
+        ({"hidden": jnp.ones((6, 4), int)}, "hidden must be float32 or bfloat16, got int32"),
+        ({"hidden": jnp.ones((6, 4), jnp.float16)}, "hidden must be float32 or bfloat16"),
+        ({"hidden": jnp.ones((6, 4), jnp.bfloat16)}, "one dtype, got bfloat16 and float32; cast"),
+        ({"item_table": jnp.ones((9, 5))}, "one width, got 4 and 5"),
+        ({"item_table": jnp.ones((0, 4))}, "at least one item"),
+        ({"item_table": jnp.ones(9)}, "item_table must have rank 2"),
+        ({"labels": jnp.ones(6)}, "labels must hold integers, got float32"),
+        ({"labels": jnp.ones((6, 1), int)}, r"labels must have shape \(6,\), got \(6, 1\)"),
+        ({"bias": jnp.ones(6)}, r"bias must have shape \(9,\), got \(6,\)"),
+        ({"bias": jnp.ones(9, int)}, "bias must be float32"),
+        ({"valid": jnp.ones(5, bool)}, r"valid must have shape \(6,\), got \(5,\)"),
+        ({"valid": jnp.ones(6)}, "valid must be bool, got float32"),
+        ({"label_smoothing": -0.1}, "from 0 to 1, got -0.1"),
+        ({"label_smoothing": 1.5}, "from 0 to 1, got 1.5"),
+        ({"label_smoothing": jnp.float32(0.1)}, "must be a Python number"),
+        ({"implementation": "pallas"}, "there is no Pallas kernel"),
+        ({"implementation": "cuda"}, "'xla', 'pallas' or None|got 'cuda'"),
+    ],
+)
+def test_what_does_not_fit_raises_while_tracing(op, change, message):
+    given = {
+        "hidden": jnp.ones((6, 4)),
+        "item_table": jnp.ones((9, 4)),
+        "labels": jnp.zeros(6, int),
+        **change,
+    }
+    arrays = [given.pop(name) for name in ("hidden", "item_table", "labels")]
+    with pytest.raises(ValueError, match=message) as error:
+        jax.eval_shape(lambda *a: op(*a, **exact), *arrays)
+    assert str(error.value).startswith(op.__name__)
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        (jnp.ones(5), r"weights must have shape \(6,\), got \(5,\)"),
+        (jnp.ones(6, int), "weights must be float32 or bfloat16, got int32"),
+    ],
+)
+def test_weights_that_do_not_fit(weights, message):
+    with pytest.raises(ValueError, match=message):
+        ops.mean_linear_cross_entropy(
+            jnp.ones((6, 4)), jnp.ones((9, 4)), jnp.zeros(6, int), weights=weights
+        )
+
+
+def test_a_forced_implementation_runs(rng):
+    hidden, table, labels = draw(rng, 6, 9, 3)
+    forced = ops.linear_cross_entropy(hidden, table, labels, implementation="xla")
+    np.testing.assert_array_equal(forced, ops.linear_cross_entropy(hidden, table, labels))
+
+
+def temporaries(f, *specs):
+    return jax.jit(f).lower(*specs).compile().memory_analysis().temp_size_in_bytes
+
+
+@pytest.mark.parametrize("op", [ops.linear_cross_entropy, ops.mean_linear_cross_entropy])
+def test_a_million_items_need_little_memory(op):
+    """The issue's bar, on this host: temporaries of the gradient below 0.5 GB."""
+    hidden = jax.ShapeDtypeStruct((25_600, 64), jnp.float32)
+    table = jax.ShapeDtypeStruct((1_000_000, 64), jnp.float32)
+    labels = jax.ShapeDtypeStruct((25_600,), jnp.int32)
+    f = jax.grad(lambda *x: op(*x).mean(), (0, 1))
+    assert temporaries(f, hidden, table, labels) < 0.1e9
+
+
+def test_one_pass_holds_one_block_of_logits():
+    hidden = jax.ShapeDtypeStruct((12_800, 64), jnp.float32)
+    table = jax.ShapeDtypeStruct((3_416, 64), jnp.float32)
+    labels = jax.ShapeDtypeStruct((12_800,), jnp.int32)
+    f = jax.grad(ops.mean_linear_cross_entropy, (0, 1))
+    block = 4 * 512 * 3_416
+    assert temporaries(f, hidden, table, labels) < 1.2 * block + 3 * 4 * 64 * (12_800 + 3_416)
+
+
+def test_the_mean_uses_three_products_and_one_exponential():
+    """Counted in the program of the gradient, where a loop's body stands once."""
+
+    def primitives(f, items):
+        counts = {}
+
+        def visit(jaxpr, times):
+            for equation in jaxpr.eqns:
+                name = equation.primitive.name
+                shape = equation.outvars[0].aval.shape
+                if name == "dot_general" or (name == "exp" and len(shape) == 2):
+                    counts[name] = counts.get(name, 0) + times
+                if name == "cond":  # one branch a platform
+                    visit(equation.params["branches"][0].jaxpr, times)
+                    continue
+                for inner in jax.core.jaxprs_in_params(equation.params):
+                    visit(inner, times)
+
+        specs = (
+            jax.ShapeDtypeStruct((1_024, 8), jnp.float32),
+            jax.ShapeDtypeStruct((items, 8), jnp.float32),
+            jax.ShapeDtypeStruct((1_024,), jnp.int32),
+        )
+        visit(jax.make_jaxpr(jax.grad(f, (0, 1)))(*specs).jaxpr, 1)
+        return counts
+
+    mean = ops.mean_linear_cross_entropy
+    assert primitives(mean, 3_416) == {"dot_general": 3, "exp": 1}
+    largest = loss_module.CPU_TILING.one_pass_logits // loss_module.ONE_PASS_POSITIONS
+    assert primitives(mean, largest) == {"dot_general": 3, "exp": 1}
+    assert primitives(mean, largest + 1) == {"dot_general": 4, "exp": 2}

@@ -1,0 +1,116 @@
+"""Small prepared sets and one tiny trained run, made once a session and shared by the tests.
+
+What is handed out is for reading; a test that changes a run or a set copies it first.
+"""
+
+import atexit
+import functools
+import shutil
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+import jaxrec
+from jaxrec.data.prepared import Interactions, write_prepared
+from jaxrec.models.config import SASRecConfig
+from jaxrec.training.config import (
+    DataConfig,
+    EvaluationConfig,
+    Experiment,
+    OptimizerConfig,
+    Published,
+    TrainingConfig,
+)
+
+USERS, ITEMS, MAX_LENGTH = 60, 30, 10
+FIRST_USER = 101
+
+
+@functools.cache
+def base_dir() -> Path:
+    """A folder that lives as long as the session."""
+    folder = Path(tempfile.mkdtemp(prefix="jaxrec-tests-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+def data_dir() -> Path:
+    """To be `$JAXREC_DATA_DIR` where a test names sets; holds `shop`."""
+    shop()
+    return base_dir() / "data"
+
+
+def histories(seed: int = 0) -> list[list[int]]:
+    """Item indices by user: often the item after next, and some longer than MAX_LENGTH.
+
+    The last two users have two events and one: too few to be evaluated, or to train on.
+    """
+    rng = np.random.default_rng(seed)
+    result = []
+    for user in range(USERS):
+        length = {USERS - 2: 2, USERS - 1: 1}.get(user, int(rng.integers(3, 25)))
+        items = [int(rng.integers(ITEMS))]
+        while len(items) < length:
+            follows = rng.random() < 0.7
+            items.append((items[-1] + 2) % ITEMS if follows else int(rng.integers(ITEMS)))
+        result.append(items)
+    return result
+
+
+@functools.cache
+def shop() -> Interactions:
+    """60 users with integer ids, 30 items with text ids, some of them with a title."""
+    lists = histories()
+    lengths = [len(items) for items in lists]
+    events = sum(lengths)
+    titles = [f"Thing {i}" if i % 3 else None for i in range(ITEMS)]
+    return write_prepared(
+        base_dir() / "data" / "shop",
+        name="shop",
+        users=np.repeat(np.arange(USERS), lengths),
+        items=np.concatenate([np.array(items) for items in lists]),
+        timestamps=1_600_000_000 + 60 * np.arange(events, dtype=np.int64),
+        ratings=None,
+        user_ids=np.arange(USERS) + FIRST_USER,
+        item_ids=[f"i{i:02d}" for i in range(ITEMS)],
+        item_table=pa.table({"title": pa.array(titles, pa.string())}),
+        source={"kind": "test"},
+        tie_order="as given",
+    )
+
+
+def small_config(**changes: Any) -> Experiment:
+    """An experiment on `shop` that trains in a moment; `section__field=value` changes a field."""
+    config = Experiment(
+        name="small",
+        data=DataConfig(name=str(shop().path), max_length=MAX_LENGTH),
+        model=SASRecConfig(width=8, blocks=1, dropout=0.1),
+        optimizer=OptimizerConfig(learning_rate=1e-2),
+        training=TrainingConfig(batch_size=16, epochs=3, patience=0, log_every=3),
+        evaluation=EvaluationConfig(ks=(1, 5, 10), batch_size=32, resamples=40),
+        published={"shop": (Published("Somebody 2020", {"hr@10": 0.5}, "for the test"),)},
+    )
+    for name, value in changes.items():
+        section, _, field = name.partition("__")
+        if field:
+            value = replace(getattr(config, section), **{field: value})
+        config = replace(config, **{section: value})
+    return config
+
+
+@functools.cache
+def trained_run() -> Path:
+    """The folder of a finished run of `small_config()`."""
+    folder = base_dir() / "run"
+    jaxrec.fit(small_config(), folder, show_progress=False)
+    return folder
+
+
+def copy_of(folder: Path, target: Path) -> Path:
+    """A copy that a test may spoil."""
+    shutil.copytree(folder, target)
+    return target
