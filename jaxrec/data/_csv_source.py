@@ -124,8 +124,9 @@ class CsvSource:
                 yield batch.rename_columns(list(keys))
         except (pa.ArrowException, OSError, UnicodeError) as error:
             self._explain(error, bool(ragged))
-        finally:
-            tap.close()
+        # Not closed on the way out of an error: the reader's threads may be reading ahead still,
+        # and the last of them to let go of the file closes it.
+        tap.close()
         if tap.quotes % 2:
             self._refuse_open_quote()
 

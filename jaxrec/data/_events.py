@@ -83,12 +83,15 @@ class Events:
     def _checked(self, role: str, column: pa.Array, locate: Any) -> Any:
         name = self.wanted[role]
         if role in ("user", "item"):
-            empty = _no_id(column)
-            if pc.any(empty).as_py():
-                row = pc.index(empty, True).as_py()
+            row = pc.index(_no_id(column), True).as_py()
+            if row >= 0:
                 raise BadRow(
                     row, name, f"no {role} id; fill it in, or pass --drop-missing (drop_missing)"
                 )
+            row = _broken_id(column)
+            if row is not None:
+                problem = f"the {role} id holds a line break; is there a quote that never closes?"
+                raise BadRow(row, name, problem)
             return column
         missing = _times.is_missing(column) if column.null_count else None
         if missing is not None:
@@ -185,6 +188,15 @@ def _no_id(column: pa.DictionaryArray) -> pa.Array:
     if not pc.any(blank).as_py():
         return column.is_null()
     return blank.take(column.indices).fill_null(True)
+
+
+def _broken_id(column: pa.DictionaryArray) -> int | None:
+    """First row whose id runs over several lines: two rows in one, as a stray quote makes them."""
+    broken = pc.match_substring(column.dictionary, "\n")
+    if not pc.any(broken).as_py():
+        return None
+    row = pc.index(broken.take(column.indices), True).as_py()
+    return None if row < 0 else row
 
 
 def _as_integers(ids: pa.Array) -> pa.Array:

@@ -107,7 +107,7 @@ def check_columns(source: Source, wanted: dict[str, str], advice: dict[str, str]
         if count == 0:
             close = difflib.get_close_matches(column, source.names, n=1)
             meant = f"; did you mean {close[0]!r}?" if close else ""
-            shown = ", ".join(source.names[:12]) + (", ..." if len(source.names) > 12 else "")
+            shown = ", ".join(source.names[:20]) + (", ..." if len(source.names) > 20 else "")
             hint = ""
             if any(_is_number(name) for name in source.names):
                 hint = "; if the first line is no header, name the columns with --columns (columns)"

@@ -26,6 +26,8 @@ _TEXT_KINDS: tuple[tuple[str, pa.DataType], ...] = (
     ("ISO 8601 times with a zone", pa.timestamp("us", "UTC")),
     ("ISO 8601 times with a zone", pa.timestamp("ns", "UTC")),
 )
+_HEAD = 8
+_STRETCH = 4096  # a power of two
 _NUMBERS = ("whole numbers", "decimal numbers")
 
 
@@ -157,9 +159,8 @@ def _parsed_text(
     # Trimming costs as much as parsing, and few files need it.
     for text in (column, pc.utf8_trim_whitespace(column)):
         for kind, arrow_type in _TEXT_KINDS:
-            try:
-                values = text.cast(arrow_type)
-            except pa.ArrowInvalid:
+            values = _cast(text, arrow_type)
+            if values is None:
                 continue
             if kind in _NUMBERS:
                 return kind, values.to_numpy(zero_copy_only=False), None
@@ -171,18 +172,26 @@ def _parsed_text(
     raise BadRow(row, name, f"{_shown(column, row)!r} is not a time{like}; {_WANTED}")
 
 
+def _cast(text: pa.Array, arrow_type: pa.DataType) -> pa.Array | None:
+    """The texts as another type; None where one of them is none of that type."""
+    try:
+        # A cast that fails goes on to the end and fails for each value, which takes long.
+        text.slice(0, _HEAD).cast(arrow_type)
+        return text.cast(arrow_type)
+    except pa.ArrowInvalid:
+        return None
+
+
 def _first_unparsed(text: pa.Array, arrow_type: pa.DataType) -> int:
-    """Index of the first value that does not parse, by halving."""
-    low, high = 0, len(text)  # the first failure lies in [low, high)
-    while high - low > 1:
-        middle = (low + high) // 2
-        try:
-            text.slice(low, middle - low).cast(arrow_type)
-        except pa.ArrowInvalid:
-            high = middle
-        else:
-            low = middle
-    return low
+    """Index of the first value that does not parse, given that there is one."""
+    start, size = 0, _STRETCH
+    while _cast(text.slice(start, size), arrow_type) is not None:
+        start += size
+    while size > 1:
+        size //= 2
+        if _cast(text.slice(start, size), arrow_type) is not None:
+            start += size
+    return start
 
 
 def _int64(column: pa.Array) -> np.ndarray:

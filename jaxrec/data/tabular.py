@@ -57,7 +57,8 @@ def import_table(
     time; at the same time the order of the files and of their rows decides. Users and items are
     numbered in the order of their ids: numbers by size, text by its bytes. Ids may be anything:
     where all of a column are plain whole numbers they are kept as integers, else as text, so
-    that `007` stays `007`; text columns of Parquet files stay text.
+    that `007` stays `007`; text columns of Parquet files stay text. Repeated events are kept;
+    `jaxrec.data.refine` drops the immediate ones.
 
     Args:
         files: CSV (plain, or compressed with gzip, zstd or bz2) or Parquet; several are read
@@ -252,7 +253,7 @@ def _rating_column(
         source = sources[having.index(False)]
         raise UserError(
             f"{source.path}: min_rating needs a rating, and there is no column "
-            f"{_DEFAULT_RATING!r} (its columns: {', '.join(source.names[:12])}); name it with "
+            f"{_DEFAULT_RATING!r} (its columns: {', '.join(source.names[:20])}); name it with "
             "--rating-column (rating_column)"
         )
     if any(having):

@@ -47,6 +47,8 @@ def _form(options: Options) -> Any:
     return _attention_dense if options.block is None else _attention_blockwise
 
 
+# Compiled as one: called eagerly, its fifty small operations would be compiled one by one.
+@partial(jax.jit, static_argnums=0, inline=True)
 def attend(options: Options, inputs: Inputs) -> Float[Array, "batch length heads value_dim"]:
     if inputs.value.size == 0:
         return jnp.zeros_like(inputs.value)

@@ -34,6 +34,7 @@ class Inputs(NamedTuple):
     positions: Int[Array, "batch length"] | None
 
 
+@partial(jax.jit, static_argnums=0, inline=True)
 def mix(options: Options, inputs: Inputs) -> Float[Array, "batch length heads width"]:
     """`out[j] = sum_{k <= j} T[j, k] x[k]`, zero in invalid slots."""
     if inputs.x.size == 0:

@@ -589,6 +589,11 @@ MISTAKES = {
         {},
         _HEAD + r"row 3 \(the header is row 1\): a quoted field opens here and never closes",
     ),
+    "quote closed by one far below": (
+        HEADER + 'a,1,1\n"b,2,2\nc",3,3\n',
+        {},
+        _HEAD + r"row 3 \(the header is row 1\), column 'user_id': the user id holds a line break",
+    ),
     "bad delimiter": (GOOD, {"delimiter": "abc"}, "delimiter 'abc': wanted one or two characters"),
     "Latin-1 in the header": (
         b"user_id,item_id,timestamp,\xe9t\xe9\na,x\xe9,1,1\n",
@@ -780,6 +785,17 @@ def test_a_bad_row_is_found_in_a_later_block(bring, sets, monkeypatch):
     ):
         text = HEADER + "".join([*rows[: line - 2], bad, *rows[line - 2 :]])
         assert_refused(sets, message, lambda text=text: bring(text))
+
+
+@pytest.mark.parametrize("bad", [0, 1, 7, 8, 4095, 4096, 4097, 9000])
+def test_the_first_bad_time_of_a_long_block_is_named(bring, sets, bad):
+    rows = [f"u,i,{1_000_000 + k}\n" for k in range(9001)]
+    rows[bad] = "u,i,2019-11-24\n"
+    if bad:
+        message = rf"row {bad + 2} .*'2019-11-24' is not a time like those before it"
+    else:
+        message = r"row 3 .*'1000001' is not a time like those before it"
+    assert_refused(sets, message, lambda: bring(HEADER + "".join(rows)))
 
 
 def test_rows_are_lines_of_the_file_where_fields_hold_line_breaks(bring, sets):

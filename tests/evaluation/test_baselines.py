@@ -116,6 +116,9 @@ def test_temporal_split_with_all_targets(shop):
     hits = [bool(set(row) & set(mine.tolist())) for row, mine in zip(wanted, targets, strict=True)]
     assert result["hr@3"] == pytest.approx(np.mean(hits))
     assert result.users.tolist() == users.tolist()
+    backwards = split.test.take(np.arange(len(split.test))[::-1])
+    again = evaluate_lists(by_user, shop, backwards, ks=(3,), by_user=True)
+    assert dict(again) == dict(result)
 
 
 def test_order_of_targets_does_not_matter(rng):
