@@ -66,7 +66,7 @@ def resolve(kind: str, name: str) -> Any:
       UserError: there is none; the message lists those that are.
     """
     table = _COMPONENTS[kind]
-    if name not in table:
+    if not isinstance(name, str) or name not in table:
         raise UserError(f"unknown {kind} {name!r}; known: {', '.join(sorted(table))}")
     component = table[name]
     if isinstance(component, str):

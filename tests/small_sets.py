@@ -90,7 +90,9 @@ def small_config(**changes: Any) -> Experiment:
         data=DataConfig(name=str(shop().path), max_length=MAX_LENGTH),
         model=SASRecConfig(width=8, blocks=1, dropout=0.1),
         optimizer=OptimizerConfig(learning_rate=1e-2),
-        training=TrainingConfig(batch_size=16, epochs=3, patience=0, log_every=3),
+        training=TrainingConfig(
+            batch_size=16, epochs=3, patience=0, log_every=3, checkpoint_every=3
+        ),
         evaluation=EvaluationConfig(ks=(1, 5, 10), batch_size=32, resamples=40),
         published={"shop": (Published("Somebody 2020", {"hr@10": 0.5}, "for the test"),)},
     )

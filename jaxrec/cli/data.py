@@ -1,7 +1,7 @@
 """`jaxrec data import | list | stats | generate`."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -62,6 +62,8 @@ class ImportArguments:
     """Public sets: the publisher's file, downloaded already."""
     metadata_archive: Path | None = None
     """Public sets: the publisher's metadata file, downloaded already."""
+    base_url: str | None = None
+    """Public sets: a mirror that has the publisher's files under their names."""
     titles: bool = True
     """Public sets: also fetch item titles where they are a file of their own."""
     overwrite: bool = False
@@ -87,7 +89,7 @@ def _own(arguments: ImportArguments) -> "Interactions":
 
     if arguments.name is None:
         raise UserError("data import: give the set a name with --name NAME")
-    for option in ("archive", "metadata_archive"):
+    for option in ("archive", "metadata_archive", "base_url"):
         if getattr(arguments, option) is not None:
             flag = option.replace("_", "-")
             raise UserError(f"data import: --{flag} goes with tfds:NAME, not with files")
@@ -118,8 +120,29 @@ def _own(arguments: ImportArguments) -> "Interactions":
         )
 
 
+# What a public set leaves open; its columns, ids and times are known.
+_OF_PUBLIC_SETS = {
+    "files",
+    "name",
+    "archive",
+    "metadata_archive",
+    "titles",
+    "base_url",
+    "min_rating",
+    "min_user_events",
+    "min_item_events",
+    "overwrite",
+    "json",
+}
+
+
 def _public(name: str, arguments: ImportArguments) -> "Interactions":
     from jaxrec.data.tfds import prepare
+
+    for part in fields(arguments):
+        if part.name not in _OF_PUBLIC_SETS and getattr(arguments, part.name) != part.default:
+            flag = part.name.replace("_", "-")
+            raise UserError(f"data import: --{flag} is for your own files, not for {name}")
 
     with _progress() as progress:
         return prepare(
@@ -127,6 +150,7 @@ def _public(name: str, arguments: ImportArguments) -> "Interactions":
             arguments.name,
             archive=arguments.archive,
             metadata_archive=arguments.metadata_archive,
+            base_url=arguments.base_url,
             titles=arguments.titles,
             min_rating=arguments.min_rating,
             min_user_events=arguments.min_user_events,
@@ -210,7 +234,13 @@ def list_(words: Sequence[str]) -> int:
                 "folder": str(data_dir()),
                 "prepared": prepared,
                 "public": [
-                    {"name": p.name, "events": p.events, "url": p.url, "terms": p.licence}
+                    {
+                        "name": p.name,
+                        "events": p.events,
+                        "bytes": p.size,
+                        "url": p.url,
+                        "terms": p.licence,
+                    }
                     for p in public
                 ],
             }
@@ -231,9 +261,10 @@ def list_(words: Sequence[str]) -> int:
         out.print(table)
     else:
         out.print(f"no prepared set in {data_dir()} yet", markup=False, soft_wrap=True)
-    table = Table("name", "events", "terms", box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table("name", "events", "MB", "terms", box=box.SIMPLE_HEAD, pad_edge=False)
     for entry in public:
-        table.add_row(f"{_PUBLIC}{entry.name}", f"{entry.events:,}", entry.licence)
+        size = "" if entry.size is None else f"{entry.size / 1e6:,.0f}"
+        table.add_row(f"{_PUBLIC}{entry.name}", f"{entry.events:,}", size, entry.licence)
     out.print("public sets, by `jaxrec data import tfds:NAME`:", markup=False)
     out.print(table)
     return 0

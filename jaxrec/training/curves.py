@@ -27,10 +27,10 @@ class Curves:
     ) -> None:
         _truncate(path, keep)
         self.lines = keep
-        self._file = path.open("a", encoding="utf-8")
         self._writer: Any = None
         if tensorboard is not None:
             self._writer = summary_writer()(str(tensorboard), purge_step=first_step or None)
+        self._file = path.open("a", encoding="utf-8")
 
     def write(self, values: dict[str, Any]) -> None:
         """One line; it has a `step`."""

@@ -1,5 +1,8 @@
 """From an `OptimizerConfig` to an optax transformation."""
 
+from typing import Any
+
+import jax
 import optax
 from jax import Array
 
@@ -46,4 +49,11 @@ def make_optimizer(config: OptimizerConfig, total_steps: int) -> optax.GradientT
     ]
     if config.clip_norm is not None:
         chain.insert(0, optax.clip_by_global_norm(config.clip_norm))
-    return optax.chain(*chain)
+    chained = optax.chain(*chain)
+
+    def update(gradients: Any, state: Any, parameters: Any = None) -> tuple[Any, Any]:
+        # Optax counts in int32 and multiplies by floats, which a user's strict setting forbids.
+        with jax.numpy_dtype_promotion("standard"):
+            return chained.update(gradients, state, parameters)
+
+    return optax.GradientTransformation(chained.init, update)

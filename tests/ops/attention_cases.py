@@ -9,7 +9,7 @@ PATTERNS = ("plain", "left", "right", "packed", "packed_holes", "interleaved", "
 
 
 def rows(pattern, batch, length):
-    """`valid` and `segment_ids` of a batch, a different split in every row."""
+    """`valid` and `segment_ids` of a batch, a different split in every row; `None` where plain."""
     valid = np.ones((batch, length), bool)
     ids = np.zeros((batch, length), np.int32)
     index = np.arange(length)
@@ -30,9 +30,9 @@ def rows(pattern, batch, length):
             ids[b] = rng.integers(0, 3, length)
     if pattern == "packed_holes":
         valid = rng.random((batch, length)) > 0.3
-    given_valid = None if pattern in ("plain", "packed", "interleaved") else valid
-    given_ids = ids if pattern in ("packed", "packed_holes", "interleaved") else None
-    return given_valid, given_ids
+    if pattern == "plain":
+        return None, None
+    return valid, ids if "packed" in pattern or pattern == "interleaved" else None
 
 
 def draw(rng, *shape, dtype=np.float32):
@@ -58,14 +58,19 @@ def run(f, *args, **kwargs):
 
 
 def gradients_of(f, compiler_options=QUICK):
-    """Compiled `(arrays, d_out) -> f(*arrays), gradients of sum(f(*arrays) * d_out)`."""
+    """Compiled `(arrays, d_out, **rest) -> out, gradients of sum(out * d_out)` in the arrays."""
 
-    def both(arrays, d_out):
-        out, pull = jax.vjp(f, *arrays)
+    def both(arrays, d_out, rest):
+        out, pull = jax.vjp(lambda *a: f(*a, **rest), *arrays)
         return out, pull(d_out)
 
     compiled = jax.jit(both, compiler_options=compiler_options)
-    return lambda arrays, d_out: compiled([jnp.asarray(a) for a in arrays], jnp.asarray(d_out))
+
+    def call(arrays, d_out, **rest):
+        # Always the same kind of argument, so that one compilation serves all patterns of masks.
+        return compiled([jnp.asarray(a) for a in arrays], jnp.asarray(d_out), rest)
+
+    return call
 
 
 def close(got, want, tolerance, what=""):

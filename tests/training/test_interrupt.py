@@ -22,16 +22,22 @@ def test_the_first_signal_is_remembered(number):
 
 
 def test_a_second_signal_acts_as_usual():
-    with pytest.raises(KeyboardInterrupt), SignalFlag():
+    with SignalFlag():
         os.kill(os.getpid(), signal.SIGINT)
-        os.kill(os.getpid(), signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
 
 
 def test_handlers_are_put_back_after_an_error():
     before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(RuntimeError), SignalFlag():
-        assert signal.getsignal(signal.SIGTERM) != before
-        raise RuntimeError
+
+    def fail():
+        with SignalFlag():
+            assert signal.getsignal(signal.SIGTERM) != before
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
     assert signal.getsignal(signal.SIGTERM) == before
 
 

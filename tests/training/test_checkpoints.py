@@ -1,0 +1,215 @@
+"""Checkpoints: the best and the latest are kept, damage is passed over and told."""
+
+import json
+import shutil
+
+import grain
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxrec.errors import UserError
+from jaxrec.training.checkpoints import Checkpoints, LoopState
+
+VALUES = {1: 0.3, 2: None, 3: 0.5, 4: 0.4, 5: None, 6: 0.2}
+LOOP = LoopState(1, 0.5, 3, 2, 1.5, 7, False)
+
+
+def state(step):
+    return {
+        "parameters": {"a": jnp.arange(3.0) * step, "b": jnp.full((2, 2), step, jnp.int32)},
+        "optimizer_state": {"m": jnp.ones(3) * step},
+    }
+
+
+def iterator(done=0):
+    made = iter(grain.MapDataset.range(100).to_iter_dataset())
+    for _ in range(done):
+        next(made)
+    return made
+
+
+def save(folder, steps=VALUES):
+    checkpoints = Checkpoints(folder, "ndcg@10", create=True)
+    for step in steps:
+        value = VALUES[step]
+        metrics = None if value is None else {"ndcg@10": value, "hr@10": -value}
+        loop = LOOP._replace(epoch=step)
+        checkpoints.save(step, state(step), iterator(2 * step), loop, metrics)
+    checkpoints.wait()
+    return checkpoints
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saved") / "checkpoints"
+    save(folder).close()
+    return folder
+
+
+@pytest.fixture
+def spoilt(saved, tmp_path):
+    return shutil.copytree(saved, tmp_path / "checkpoints")
+
+
+def restore(folder, create=True):
+    checkpoints = Checkpoints(folder, "ndcg@10", create=create)
+    told, position = [], iterator()
+    try:
+        return checkpoints.restore_latest(state(0), position, told.append), position, told
+    finally:
+        checkpoints.close()
+
+
+def test_the_best_and_the_latest_two_are_kept(saved):
+    checkpoints = Checkpoints(saved, "ndcg@10")
+    assert checkpoints.steps() == [3, 5, 6]
+    checkpoints.close()
+
+
+def test_everything_comes_back(saved):
+    restored, position, told = restore(saved)
+    assert told == []
+    assert restored.step == 6
+    assert restored.loop == LOOP._replace(epoch=6)
+    np.testing.assert_array_equal(restored.state["parameters"]["a"], [0, 6, 12])
+    assert restored.state["parameters"]["b"].dtype == jnp.int32
+    np.testing.assert_array_equal(restored.state["optimizer_state"]["m"], [6, 6, 6])
+    assert next(position) == 12
+
+
+def test_reading_alone_changes_nothing_on_disk(saved):
+    before = sorted(str(path) for path in saved.rglob("*"))
+    checkpoints = Checkpoints(saved, "ndcg@10")
+    step, parameters = checkpoints.read_parameters("best")
+    checkpoints.close()
+    assert step == 3
+    assert parameters.keys() == {"a", "b"}
+    assert all(type(value) is np.ndarray for value in parameters.values())
+    np.testing.assert_array_equal(parameters["a"], [0, 3, 6])
+    np.testing.assert_array_equal(parameters["b"], [[3, 3], [3, 3]])
+    assert sorted(str(path) for path in saved.rglob("*")) == before
+
+
+@pytest.mark.parametrize(("which", "step"), [("best", 3), ("last", 6), ("5", 5)])
+def test_which_one(saved, which, step):
+    checkpoints = Checkpoints(saved, "ndcg@10")
+    assert checkpoints.read_parameters(which)[0] == step
+    checkpoints.close()
+
+
+def test_the_metric_decides_which_is_best(saved):
+    checkpoints = Checkpoints(saved, "hr@10")
+    assert checkpoints.read_parameters("best")[0] == 6
+    checkpoints.close()
+
+
+@pytest.mark.parametrize("which", ["4", "7", "bset", "-1", "", "３"])
+def test_one_that_is_not_there_is_told_with_those_that_are(saved, which):
+    checkpoints = Checkpoints(saved, "ndcg@10")
+    with pytest.raises(UserError, match=r"there are best, last and steps \[3, 5, 6\]"):
+        checkpoints.read_parameters(which)
+    checkpoints.close()
+
+
+def test_the_latest_is_the_best_where_nothing_was_validated(tmp_path):
+    checkpoints = save(tmp_path / "c", [2, 5])
+    assert checkpoints.read_parameters("best")[0] == 5
+    checkpoints.close()
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_none_yet(tmp_path, there):
+    folder = tmp_path / "checkpoints"
+    if there:
+        folder.mkdir()
+    checkpoints = Checkpoints(folder, "ndcg@10")
+    with pytest.raises(UserError, match="no checkpoint there yet"):
+        checkpoints.read_parameters("best")
+    checkpoints.close()
+    assert folder.exists() == there
+    assert restore(folder)[0] is None
+
+
+def test_a_step_is_saved_once(tmp_path):
+    checkpoints = save(tmp_path / "c", [1])
+    checkpoints.save(1, state(9), iterator(), LOOP, None)
+    checkpoints.wait()
+    assert checkpoints.read_parameters("last")[1]["a"].tolist() == [0, 1, 2]
+    checkpoints.close()
+
+
+def truncate(step):
+    for path in (step / "state").rglob("*"):
+        if path.is_file() and "ocdbt" in str(path):
+            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def remove_state(step):
+    shutil.rmtree(step / "state")
+
+
+def spoil_loop(step):
+    (step / "loop" / "metadata").write_text("{")
+
+
+def remove_position(step):
+    shutil.rmtree(step / "data")
+
+
+def other_loop(step):
+    (step / "loop" / "metadata").write_text(json.dumps({"epoch": 1}))
+
+
+DAMAGE = [truncate, remove_state, spoil_loop, remove_position, other_loop]
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(spoilt, damage):
+    damage(spoilt / "6")
+    restored, position, told = restore(spoilt)
+    assert restored.step == 5
+    np.testing.assert_array_equal(restored.state["parameters"]["a"], [0, 5, 10])
+    assert next(position) == 10
+    assert len(told) == 1
+    assert f"checkpoint {spoilt / '6'} cannot be read" in told[0]
+    assert told[0].endswith("trying the one before")
+    assert "\n" not in told[0]
+
+
+def test_what_was_passed_over_is_saved_anew(spoilt):
+    truncate(spoilt / "6")
+    checkpoints = Checkpoints(spoilt, "ndcg@10", create=True)
+    restored = checkpoints.restore_latest(state(0), iterator(), lambda _: None)
+    checkpoints.forget_after(restored.step)
+    assert checkpoints.steps() == [3, 5]
+    checkpoints.save(6, state(60), iterator(), LOOP, {"ndcg@10": 0.9})
+    checkpoints.wait()
+    step, parameters = checkpoints.read_parameters("best")
+    checkpoints.close()
+    assert step == 6
+    np.testing.assert_array_equal(parameters["a"], [0, 60, 120])
+
+
+def test_none_that_can_be_read_is_an_error(spoilt):
+    for step in ("3", "5", "6"):
+        truncate(spoilt / step)
+    with pytest.raises(UserError, match=r"none of the checkpoints \[3, 5, 6\] can be read"):
+        restore(spoilt)
+
+
+def test_a_damaged_one_is_told_to_who_wants_to_read_it(spoilt):
+    truncate(spoilt / "3")
+    checkpoints = Checkpoints(spoilt, "ndcg@10")
+    with pytest.raises(UserError, match=r"the checkpoint is damaged; others: \[5, 6\]"):
+        checkpoints.read_parameters("best")
+    assert checkpoints.read_parameters("last")[0] == 6
+    checkpoints.close()
+
+
+def test_a_folder_still_being_written_is_none(spoilt):
+    shutil.copytree(spoilt / "6", spoilt / "7.orbax-checkpoint-tmp-1")
+    (spoilt / "7.orbax-checkpoint-tmp-1" / "commit_success.txt").unlink(missing_ok=True)
+    restored, _, told = restore(spoilt, create=True)
+    assert restored.step == 6
+    assert told == []
