@@ -322,9 +322,8 @@ def _first_not_in(
     owner, at = np.divmod(pairs[np.append(True, pairs[1:] != pairs[:-1])[: pairs.size]], size)
     begin = np.searchsorted(owner, np.arange(rows))
     free_before = at - (np.arange(at.size) - begin[owner])
-    width = size + 1
-    wanted = np.arange(rows)[:, None] * width + np.arange(k)
-    found = np.searchsorted(owner * width + free_before, wanted, side="right")
+    wanted = np.arange(rows)[:, None] * size + np.arange(k)
+    found = np.searchsorted(owner * size + free_before, wanted, side="right")
     result = np.arange(k) + found - begin[:, None]
     return np.where(result < size, order[np.minimum(result, size - 1)], np.int32(-1))
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxrec.ops import _attention_blockwise as _blockwise
-from jaxrec.ops import _attention_mix_blockwise, _attention_mix_dense, _attention_mix_lags
+from jaxrec.ops import _attention_mix_blockwise, _attention_mix_dense
 from jaxrec.ops import _attention_mix_tables as _tables
 from jaxrec.ops._checks import statistics_dtype
 from jaxrec.ops._manual_axes import vary_together
@@ -87,8 +87,6 @@ def _form(options: Options, inputs: Inputs) -> _Form:
     _, length, _, _ = inputs.x.shape
     toeplitz = options.structure == "toeplitz"
     band = min(inputs.kernel.shape[-1], length) if toeplitz else length
-    if toeplitz and band <= _attention_mix_lags.MOST_LAGS:
-        return _lags(inputs, band)
     if options.block is None:
         return _short(options, inputs, band)
     return _long(options, inputs, options.block, band)
@@ -96,15 +94,6 @@ def _form(options: Options, inputs: Inputs) -> _Form:
 
 def _as_statistics(inputs: Inputs, kernel: Array) -> Array:
     return kernel.astype(statistics_dtype(inputs.x.dtype))
-
-
-def _lags(inputs: Inputs, band: int) -> _Form:
-    ids = inputs.segment_ids
-    return _Form(
-        lambda kernel: _as_statistics(inputs, kernel)[:, :band],
-        lambda taps, x: _attention_mix_lags.forward(taps, x, ids),
-        lambda taps, x, g: _attention_mix_lags.backward(taps, x, ids, g),
-    )
 
 
 def _short(options: Options, inputs: Inputs, band: int) -> _Form:

@@ -4,12 +4,14 @@ Without segments one matrix serves the whole batch. With them each row masks its
 of rows at a time; a block reads the slots from the start of its band to its own end.
 """
 
+from collections.abc import Callable
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxrec.ops._dispatch import platform_switch
 from jaxrec.ops._masking import same_segment
 
 _ROWS, _MOST_BLOCKS = 64, 8
@@ -72,8 +74,7 @@ class Shared:
 class Placed:
     """A full factor read at the positions of each row: `T[j, k] = table[p_j, p_k]`.
 
-    Rows and columns are selected by products with one-hot matrices: an accelerator has no fast
-    gather of [batch, length, length] single numbers, and a CPU no fast scatter of them.
+    A position outside the table has a zero row and a zero column.
     """
 
     def __init__(
@@ -82,39 +83,66 @@ class Placed:
         positions: Int[Array, "batch length"],
         segment_ids: Int[Array, "batch length"] | None,
     ) -> None:
-        self.table = table
-        self.segment_ids = segment_ids
-        # A position outside the table selects nothing: its row and column are zero.
-        index = jnp.arange(table.shape[-1], dtype=positions.dtype)
-        self.one_hot = (positions[:, :, None] == index[None, None]).astype(table.dtype)
+        self.table, self.positions, self.segment_ids = table, positions, segment_ids
 
     def _mask(self, block: Block) -> Bool[Array, "#batch 1 rows cols"]:
         rows, cols = jnp.arange(block.start, block.end), jnp.arange(block.first, block.end)
         mask = (cols[None, :] <= rows[:, None])[None]
+        inside = (self.positions >= 0) & (self.positions < self.table.shape[-1])
+        at_rows, at_cols = _places(inside, block)
+        mask = mask & at_rows[:, :, None] & at_cols[:, None, :]
         if self.segment_ids is not None:
-            ids = self.segment_ids
-            mask = mask & same_segment(
-                ids[:, block.start : block.end], ids[:, block.first : block.end]
-            )
+            mask = mask & same_segment(*_places(self.segment_ids, block))
         return mask[:, None]
 
     def matrix(self, block: Block) -> Float[Array, "batch groups rows cols"]:
-        rows = self.one_hot[:, block.start : block.end]
-        cols = self.one_hot[:, block.first : block.end]
-        picked = _dot("bjp,gpq->bgjq", rows, self.table)
-        part = _dot("bgjq,bkq->bgjk", picked, cols)
+        part = _switch(_gather, _select, self.table, *_places(self.positions, block))
         return jnp.where(self._mask(block), part, jnp.zeros((), part.dtype))
 
     def gradient(self, parts: list[tuple[Block, Array, Array]]) -> Array:
-        total: Any = 0.0
+        total = jnp.zeros_like(self.table)
         for block, g, x in parts:
             outer = _dot("bgjc,bgkc->bgjk", g, x)
             outer = jnp.where(self._mask(block), outer, jnp.zeros((), outer.dtype))
-            rows = self.one_hot[:, block.start : block.end]
-            cols = self.one_hot[:, block.first : block.end]
-            spread = _dot("bgjk,bkq->bgjq", outer, cols)
-            total = total + _dot("bjp,bgjq->gpq", rows, spread)
+            total = _switch(_scatter, _spread, total, *_places(self.positions, block), outer)
         return total
+
+
+def _places(x: Array, block: Block) -> tuple[Array, Array]:
+    return x[:, block.start : block.end], x[:, block.first : block.end]
+
+
+def _switch(on_cpu: Callable[..., Array], elsewhere: Callable[..., Array], *args: Array) -> Array:
+    """A CPU gathers and scatters single numbers well and multiplies badly; accelerators, the
+    reverse, and there a scatter would also add in an order that changes from run to run."""
+    return platform_switch(elsewhere, {"cpu": on_cpu}, *args)
+
+
+def _gather(table: Array, rows: Array, cols: Array) -> Array:
+    top = table.shape[-1] - 1
+    rows, cols = jnp.clip(rows, 0, top), jnp.clip(cols, 0, top)
+    return jnp.moveaxis(table[:, rows[:, :, None], cols[:, None, :]], 0, 1)
+
+
+def _scatter(total: Array, rows: Array, cols: Array, outer: Array) -> Array:
+    top = total.shape[-1] - 1
+    rows, cols = jnp.clip(rows, 0, top), jnp.clip(cols, 0, top)
+    return total.at[:, rows[:, :, None], cols[:, None, :]].add(jnp.moveaxis(outer, 1, 0))
+
+
+def _one_hot(positions: Array, table: Array) -> Array:
+    index = jnp.arange(table.shape[-1], dtype=positions.dtype)
+    return (positions[:, :, None] == index[None, None]).astype(table.dtype)
+
+
+def _select(table: Array, rows: Array, cols: Array) -> Array:
+    picked = _dot("bjp,gpq->bgjq", _one_hot(rows, table), table)
+    return _dot("bgjq,bkq->bgjk", picked, _one_hot(cols, table))
+
+
+def _spread(total: Array, rows: Array, cols: Array, outer: Array) -> Array:
+    wide = _dot("bgjk,bkq->bgjq", outer, _one_hot(cols, total))
+    return total + _dot("bjp,bgjq->gpq", _one_hot(rows, total), wide)
 
 
 def forward(operator: Shared | Placed, x: Array, band: int) -> Array:

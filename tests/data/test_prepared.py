@@ -96,6 +96,13 @@ def test_ids_go_both_ways(shop):
     assert shop.user_indices(pa.array(["eve", "Eve"]).dictionary_encode()).tolist() == [2, -1]
 
 
+def test_truth_is_no_id(tmp_path):
+    shop = make_set(tmp_path / "shop", [0, 1], [0, 0], user_ids=[0, 1])
+    assert shop.user_indices([1, True, np.True_, False]).tolist() == [1, -1, -1, -1]
+    with pytest.raises(UserError, match="user True is not in the data set"):
+        shop.user_index(True)
+
+
 def test_whole_numbers_find_text_ids(tmp_path):
     shop = make_set(tmp_path / "shop", [0, 1], [0, 0], user_ids=["7", "007"])
     assert shop.user_index(7) == shop.user_index("7") == 0

@@ -116,6 +116,18 @@ def test_quoted_fields_with_delimiters_quotes_and_line_breaks(bring):
     assert shop.user_ids.tolist() == ["o'neil, ann", "plain", 'say "hi"']
 
 
+def test_quoted_line_breaks_wherever_blocks_end(bring, monkeypatch):
+    monkeypatch.setattr("jaxrec.data._csv_source._BLOCK", 128)
+    rows = "".join(f'u{k},"{"line" * (k % 5)}\nof,\ntext",i{k % 3},{k}\n' for k in range(150))
+    shop = bring("user_id,review,item_id,timestamp\n" + rows)
+    assert shop.num_events == 150
+    assert sorted(shop.user_ids) == sorted(f"u{k}" for k in range(150))
+    assert [int(shop.timestamps[shop.offsets[shop.user_index(f"u{k}")]]) for k in (0, 77)] == [
+        0,
+        77,
+    ]
+
+
 def test_a_file_without_quoting(bring):
     text = 'user_id\titem_id\ttimestamp\nann\t"Cats\t1\nbob\t7" disc\t2\n'
     shop = bring(text, "shop.tsv", quote_char=None)

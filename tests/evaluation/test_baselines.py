@@ -1,6 +1,7 @@
 """Popularity and most-recent lists against plain loops, and what they may look at."""
 
 import dataclasses
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -169,6 +170,9 @@ def test_blocks_of_histories_are_all_ranges_within_the_bounds(ranges, most_event
             got[at + owner].append(int(event))
         at = rows.stop
     assert at == len(ranges)
+    for one, following in pairwise(blocks):
+        room = len(one.events) + ranges[following.rows.start][1] <= most_events
+        assert not room or one.rows.stop - one.rows.start == most_rows
     assert got == [list(range(start, start + length)) for start, length in ranges]
 
 

@@ -370,11 +370,12 @@ def test_evaluation_of_a_file(tmp_path, shop):
 
 
 def test_missing_users_are_misses(tmp_path, shop):
-    text = LONG + "ann,40,1\nann,50,2\nann,60,3\n"
+    # The one in the middle: a list that lands on another user's row would find nothing.
+    text = LONG + "bob,10,1\nbob,20,2\nbob,60,3\n"
     got = evaluate_ranked(put(tmp_path, text), shop, leave_one_out(shop), ks=(1, 3))
     assert got["hr@1"] == pytest.approx(1 / 3)
     assert got["coverage@3"] == pytest.approx(3 / 6)
-    assert got.per_list["hr@1"].tolist() == [1.0, 0.0, 0.0]
+    assert got.per_list["hr@1"].tolist() == [0.0, 1.0, 0.0]
     assert got.notes == ("2 of 3 users have no list and count as misses",)
 
 

@@ -223,9 +223,8 @@ def mix(structure, upper, block, quick=True):
     return gradients_of(f, cases.QUICK if quick else None)
 
 
-# structure, kernel size, tile size; a band of up to 8 taps runs without a matrix.
+# structure, kernel size, tile size
 FORMS = {
-    "lags": ("toeplitz", 5, None),
     "taps": ("toeplitz", 29, None),
     "taps_band": ("toeplitz", 11, None),
     "taps_tiles": ("toeplitz", 29, 8),
@@ -407,15 +406,14 @@ def test_the_future_changes_nothing(now, structure, seed):
     assert not np.array_equal(before[:, now + 1 :], after[:, now + 1 :])
 
 
-@pytest.mark.parametrize("structure", ["toeplitz", "full", "lags"])
+@pytest.mark.parametrize("structure", ["toeplitz", "full"])
 @pytest.mark.parametrize("pattern", ["left", "packed_holes", "empty_rows"])
 def test_invalid_slots_are_read_by_nobody(rng, structure, pattern):
     arrays = qkv(rng, 3, 20, 2, 4, 3)
     d_out = draw(rng, 3, 20, 2, 3)
     valid, ids = cases.rows(pattern, 3, 20)
-    name, band = ("toeplitz", 4) if structure == "lags" else (structure, None)
-    u, w = (kernel_of(rng, name, 20, band=band) for _ in range(2))
-    both = gradients_of(functools.partial(pka, structure=name, valid=valid, segment_ids=ids))
+    u, w = (kernel_of(rng, structure, 20) for _ in range(2))
+    both = gradients_of(functools.partial(pka, structure=structure, valid=valid, segment_ids=ids))
     results = []
     for poison in (0, np.nan):
         q, k, v, g = (

@@ -58,8 +58,8 @@ def check(hidden, table, k, **options):
     return np.asarray(scores), np.asarray(ids)
 
 
-@pytest.mark.parametrize("item_block", [None, 1, 7, 20, 23, 100])
-@pytest.mark.parametrize("k", [1, 5, 23, 30])
+@pytest.mark.parametrize("item_block", [None, 1, 7, 23, 100])
+@pytest.mark.parametrize("k", [5, 30])
 def test_blocks_and_ties(rng, k, item_block):
     """Whole numbers: equal scores everywhere, within blocks and across them."""
     check(whole(rng, 9, 3), whole(rng, 23, 3), k, item_block=item_block)
@@ -178,12 +178,12 @@ def test_random_scores(rng, dtype):
 
 @settings(max_examples=40, deadline=None)
 @given(
-    k=st.sampled_from([1, 4, 12]),
-    item_block=st.sampled_from([3, 10]),
+    case=st.sampled_from([(1, 3), (12, 4), (4, 10)]),
     kept=st.floats(0, 1),
     seed=st.integers(0, 2**16),
 )
-def test_properties(k, item_block, kept, seed):
+def test_properties(case, kept, seed):
+    k, item_block = case
     rng = np.random.default_rng(seed)
     hidden, table, bias = whole(rng, 5, 2), whole(rng, 10, 2), whole(rng, 10)
     exclude = lists(rng, 5, 10, 4)
