@@ -7,12 +7,16 @@ import atexit
 import functools
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pyarrow as pa
+from jax.experimental.compilation_cache import compilation_cache
 
 import jaxrec
 from jaxrec.data.prepared import Interactions, write_prepared
@@ -104,11 +108,32 @@ def small_config(**changes: Any) -> Experiment:
     return config
 
 
+@contextmanager
+def compiled_once() -> Iterator[Path]:
+    """Programs compiled inside are kept for the session, so that a config is compiled once."""
+    options = {
+        "jax_compilation_cache_dir": str(base_dir() / "compiled"),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    before = {name: getattr(jax.config, name) for name in options}
+    for name, value in options.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+    try:
+        yield base_dir() / "compiled"
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
+
+
 @functools.cache
 def trained_run() -> Path:
     """The folder of a finished run of `small_config()`."""
     folder = base_dir() / "run"
-    jaxrec.fit(small_config(), folder, show_progress=False)
+    with compiled_once():
+        jaxrec.fit(small_config(), folder, show_progress=False)
     return folder
 
 

@@ -38,6 +38,8 @@ class ImportArguments:
     """Found out from the first line by default."""
     columns: tuple[str, ...] = ()
     """Names of the columns, for CSV files without a header line."""
+    quote_char: str | None = '"'
+    """Encloses fields in CSV; None where quotes mean nothing."""
     encoding: str = "utf-8"
     time_unit: Literal["auto", "s", "ms", "us", "ns", "iso"] = "auto"
     """Unit of numbers since 1970, or iso for ISO 8601 text."""
@@ -103,6 +105,7 @@ def _own(arguments: ImportArguments) -> "Interactions":
             rating_column=arguments.rating_column,
             delimiter=arguments.delimiter,
             columns=arguments.columns or None,
+            quote_char=arguments.quote_char,
             encoding=arguments.encoding,
             time_unit=arguments.time_unit,
             time_format=arguments.time_format,

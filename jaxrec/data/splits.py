@@ -195,9 +195,9 @@ def temporal(
     train = _spans(users, starts, np.where(learnt, validation_begins, starts))
 
     rng = np.random.default_rng(seed)
-    validation_ends = np.where(trainable, test_begins, validation_begins)
+    # A user outside the training part has one event up to T at most, so no target with a context.
     validation, skipped_validation = _targets(
-        users, starts, validation_begins, validation_ends, target, rng
+        users, starts, validation_begins, test_begins, target, rng
     )
     test, skipped_test = _targets(users, starts, test_begins, ends, target, rng)
     for name, targets, moment, option in (

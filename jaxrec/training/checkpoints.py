@@ -7,7 +7,10 @@ before, and the loop says so.
 """
 
 import logging
+import sys
+import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +23,7 @@ from orbax.checkpoint import checkpoint_managers
 from jaxrec.errors import UserError
 
 _KEPT_LATEST = 2
+_SETTLE_SECONDS = 0.2
 
 
 class LoopState(NamedTuple):
@@ -137,14 +141,15 @@ class Checkpoints:
 
     def _restore(self, step: int, state: Any, iterator: Iterator[Any]) -> Restored:
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
-        restored = self._manager.restore(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardRestore(abstract),
-                data=grain.checkpoint.CheckpointRestore(iterator),
-                loop=ocp.args.JsonRestore(),
-            ),
-        )
+        with _quiet_when_it_fails():
+            restored = self._manager.restore(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardRestore(abstract),
+                    data=grain.checkpoint.CheckpointRestore(iterator),
+                    loop=ocp.args.JsonRestore(),
+                ),
+            )
         return Restored(step, restored["state"], LoopState(**restored["loop"]))
 
     def forget_after(self, step: int) -> None:
@@ -177,7 +182,8 @@ class Checkpoints:
                 f"{self.folder}: no checkpoint {which!r}; there are best, last and steps {steps}"
             )
         try:
-            return step, self._read_parameters(self.folder / str(step) / "state")
+            with _quiet_when_it_fails():
+                return step, self._read_parameters(self.folder / str(step) / "state")
         except Exception as error:
             raise UserError(
                 f"{self.folder / str(step)}: cannot be read ({type(error).__name__}); the "
@@ -209,3 +215,26 @@ class Checkpoints:
 
     def close(self) -> None:
         self._manager.close()
+
+
+@contextmanager
+def _quiet_when_it_fails() -> Iterator[None]:
+    """Keeps the reads that go on when one has failed from being heard.
+
+    They report from threads to an event loop that is closed by then, which Python would print as an
+    exception that it ignored.
+    """
+    before = sys.unraisablehook
+
+    def hook(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            before(unraisable)
+
+    sys.unraisablehook = hook
+    try:
+        yield
+    except Exception:
+        time.sleep(_SETTLE_SECONDS)
+        raise
+    finally:
+        sys.unraisablehook = before

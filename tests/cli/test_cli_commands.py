@@ -10,7 +10,16 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from small_sets import FIRST_USER, ITEMS, copy_of, data_dir, shop, small_config, trained_run
+from small_sets import (
+    FIRST_USER,
+    ITEMS,
+    compiled_once,
+    copy_of,
+    data_dir,
+    shop,
+    small_config,
+    trained_run,
+)
 
 import jaxrec
 from jaxrec.cli.main import COMMANDS, main
@@ -38,6 +47,12 @@ def _sets(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     # Tables are cut to the terminal's width.
     monkeypatch.setenv("COLUMNS", "120")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _compiled_once():
+    with compiled_once():
+        yield
 
 
 @pytest.fixture

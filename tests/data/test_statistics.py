@@ -15,7 +15,7 @@ def test_describe_by_hand(tmp_path):
         tmp_path / "shop",
         users=[0, 0, 0, 0, 1, 1, 2],
         items=[0, 1, 1, 0, 2, 0, 0],
-        timestamps=[10, 10, 11, 11, 5, 6, 86400],
+        timestamps=[10, 10, 11, 11, 11, 12, 86400],
         ratings=[1, 2, 3, 4, 5, 5, 1],
         item_table=pa.table({"title": ["A", None, "C"]}),
     )
@@ -40,12 +40,13 @@ def test_describe_by_hand(tmp_path):
     # counts 1, 2, 4: mean absolute difference over all pairs, halved and divided by the mean
     assert figures["item_gini"] == pytest.approx((1 + 3 + 2) * 2 / 9 / (2 * 7 / 3))
     assert figures["top_1_percent_share"] == pytest.approx(4 / 7)
+    # user 1 begins at the time user 0 ends at, which is no tie
     # steps: 0-1 tied, 1-1, 1-0 tied of user 0; 2-0 of user 1
     assert figures["tied_steps"] == pytest.approx(2 / 4)
     assert figures["users_with_tied_last_events"] == pytest.approx(1 / 2)
     assert figures["repeated_events"] == pytest.approx(2 / 7)
     assert figures["immediate_repeats"] == pytest.approx(1 / 4)
-    assert figures["first_time"] == "1970-01-01 00:00:05+00:00"
+    assert figures["first_time"] == "1970-01-01 00:00:10+00:00"
     assert figures["last_time"] == "1970-01-02 00:00:00+00:00"
     assert figures["ratings"] == {"mean": 3.0, "min": 1.0, "max": 5.0}
     assert figures["titles"] == 2

@@ -19,7 +19,7 @@ from jaxrec.evaluation.ranker import Contexts, Ranker
 
 ITEMS, WIDTH, LONGEST = 23, 3, 5
 PARAMETERS = {
-    "table": jnp.asarray(np.random.default_rng(0).integers(-3, 4, (ITEMS, WIDTH)), jnp.float32)
+    "table": jnp.asarray(np.random.default_rng(0).integers(-2, 3, (ITEMS, WIDTH)), jnp.float32)
 }
 
 

