@@ -11,8 +11,8 @@ from jaxrec.ops._attention_dropout import dropout_seeds, mix
 def dropout(x: Float[Array, "..."], rate: float, *, key: Array) -> Float[Array, "..."]:
     """y_i = x_i / (1 - rate) with probability 1 - rate, else 0.
 
-    The bit of element i is a hash of (key, i), about a dozen integer operations, so that it costs no
-    pass over memory of its own and does not depend on how the array is laid out or blocked.
+    The bit of element i is a hash of (key, i), about a dozen integer operations, so that it costs
+    no pass over memory of its own and does not depend on how the array is laid out or blocked.
 
     Args:
       x: any float array, below 2^32 elements.
