@@ -209,7 +209,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--memory", action="store_true", help="peak memory instead of time")
-    parser.add_argument("--json", type=Path, help="append the report to this file, one line")
+    parser.add_argument("--json", type=Path, help="write the report to this file")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     for name in ("positions", "items", "width", "repeats"):
@@ -235,8 +235,7 @@ def main() -> None:
     report |= {"memory": measure_memory(args)} if args.memory else measure(args)
     show(report)
     if args.json is not None:
-        with args.json.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(report) + "\n")
+        args.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
