@@ -5,11 +5,14 @@ Nothing in RESULTS.md is typed by hand; `--check` fails if it is not what the fi
 
 import json
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import tyro
+
+from jaxrec.training.config import load_config, to_dict
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -54,13 +57,11 @@ def _section(dataset: str, results: list[dict[str, Any]]) -> str:
     for result in results:
         test = result["metrics"]["test"]
         cells = [_with_interval(test, metric) for metric in METRICS]
-        rows.append(
-            [f"{result['experiment']}, seed {result['seed']}", *cells, _minutes(result["seconds"])]
-        )
+        rows.append([f"{result['experiment']}, seed {result['seed']}", *cells])
     baselines = results[0]["metrics"]["test"]
     for name, title in (("popularity", "popularity"), ("most_recent", "most recent")):
         if name in baselines:
-            rows.append([title, *(_number(baselines[name].get(m)) for m in METRICS), ""])
+            rows.append([title, *(_number(baselines[name].get(m)) for m in METRICS)])
     seen = set()
     for result in results:
         for published in result["published"]:
@@ -72,10 +73,9 @@ def _section(dataset: str, results: list[dict[str, Any]]) -> str:
                 [
                     f"*published:* {published['source']}{note}",
                     *(_number(published["metrics"].get(m)) for m in METRICS),
-                    "",
                 ]
             )
-    head = ["", *(m.upper() if m.startswith("hr") else m for m in METRICS), "training"]
+    head = ["", *(m.upper() if m.startswith("hr") else m for m in METRICS)]
     lines = [f"## {dataset}", "", _row(head), _row(["---"] * len(head))]
     lines += [_row(r) for r in rows]
     lines += ["", "Commands and conditions:", ""]
@@ -83,7 +83,7 @@ def _section(dataset: str, results: list[dict[str, Any]]) -> str:
         versions = result["versions"]
         lines.append(
             f"- `jaxrec train experiments/{result['experiment']}.py --data {dataset} --out RUN"
-            f"{_seed(result['seed'])}`: {result['epochs']} epochs, best at step {result['step']}, "
+            f"{_overrides(result)}`: {result['epochs']} epochs, best at step {result['step']}, "
             f"{result['device']}, JAX {versions['jax']}, data {result['data_hash'][:12]}"
         )
     return "\n".join(lines) + "\n"
@@ -99,12 +99,23 @@ def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.4f}"
 
 
-def _minutes(seconds: float) -> str:
-    return f"{seconds / 60:.0f} min"
+def _overrides(result: dict[str, Any]) -> str:
+    """The options that turn the config file into what was trained."""
+    base = to_dict(load_config(ROOT / "experiments" / f"{result['experiment']}.py"))
+    changes = []
+    for name, value in _leaves(result["config"]):
+        same = value == dict(_leaves(base)).get(name, value)
+        if not same and name not in ("data.name", "model.type") and "published" not in name:
+            changes.append(f" --{name} {value}")
+    return "".join(changes)
 
 
-def _seed(seed: int) -> str:
-    return "" if seed == 0 else f" --training.seed {seed}"
+def _leaves(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
 
 
 def _row(cells: list[str]) -> str:

@@ -220,10 +220,10 @@ def test_sigterm_of_a_child_process_and_its_continuation(tmp_path):
 @pytest.mark.slow
 def test_killed_again_and_again_the_curve_is_the_same(tmp_path):
     """kill -9, aimed at the time when checkpoints are being written."""
-    config = small_config(training__batch_size=4, training__epochs=2, training__checkpoint_every=2)
+    config = small_config(training__epochs=6, training__checkpoint_every=2)
     train(config, tmp_path / "whole", show_progress=False)
     folder, rng, continued = tmp_path / "run", np.random.default_rng(0), 0
-    for at in (10, 18, 27):
+    for at in (8, 13, 20):
         delay = float(rng.uniform(0, 0.1))
         child = train_in_child(config, folder, signal.SIGKILL, at=at, delay=delay)
         assert child.returncode in (-signal.SIGKILL, 0), child.stderr
@@ -341,7 +341,7 @@ def test_another_config_or_set_is_refused_before_anything_is_touched(tmp_path):
 
 def test_overwriting_begins_anew(tmp_path):
     folder = copy_of(trained_run(), tmp_path / "run")
-    config = small_config(training__epochs=1, training__seed=7)
+    config = small_config(training__epochs=1, name="another")
     train(config, folder, overwrite=True, show_progress=False)
     assert steps_on_disk(folder) == [3, 4]
     assert not RunFolder(folder).results.exists()
