@@ -36,7 +36,7 @@ def _run(arguments: Arguments, out: Path) -> int:
     from jaxrec.cli.recommend import print_list
     from jaxrec.evaluation.report import as_json, print_report
     from jaxrec.models.config import SASRecConfig
-    from jaxrec.training.config import DataConfig, Experiment, TrainingConfig
+    from jaxrec.training.config import DataConfig, Experiment, TrainingConfig, check
     from jaxrec.training.interrupt import Interrupted
 
     start = time.perf_counter()
@@ -49,6 +49,7 @@ def _run(arguments: Arguments, out: Path) -> int:
         ),
     )
     config = replace(config, optimizer=replace(config.optimizer, learning_rate=3e-3))
+    config = check(config)
     tell("a generated set, SASRec with full cross-entropy, leave-one-out, full ranking")
     try:
         run = fit(config, out)

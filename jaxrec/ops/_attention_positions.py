@@ -1,7 +1,9 @@
 """Positions of events inside packed or padded rows."""
 
+from functools import partial
 from typing import Literal
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Int
@@ -53,15 +55,23 @@ def segment_positions(
     check_valid(op, valid, given.shape)
     if origin not in ("oldest", "newest"):
         raise ValueError(f"{op}: origin must be 'oldest' or 'newest', got {origin!r}")
+    if given.shape[1] == 0:
+        return jnp.zeros(given.shape, jnp.int32)
+    return _positions(segment_ids, valid, origin, size)
+
+
+@partial(jax.jit, static_argnums=(2, 3), inline=True)
+def _positions(
+    segment_ids: Array | None, valid: Array | None, origin: str, size: int | None
+) -> Array:
+    given = segment_ids if segment_ids is not None else valid
+    assert given is not None
     batch, length = given.shape
     index = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length))
-    if length == 0:
-        return index
-    if segment_ids is None:
-        starts = index == 0
-    else:
-        starts = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)))
-        starts = starts | (index == 0)
+    starts = index == 0
+    if segment_ids is not None:
+        changes = segment_ids[:, 1:] != segment_ids[:, :-1]
+        starts = starts | jnp.pad(changes, ((0, 0), (1, 0)))
     if valid is None:
         valid = jnp.ones((batch, length), jnp.bool_)
     if origin == "oldest":

@@ -460,8 +460,10 @@ TRANSFORMS = {
 }
 
 
-@pytest.mark.parametrize("block", [None, 4])
-@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize(
+    ("block", "transform"),
+    [(None, name) for name in TRANSFORMS] + [(4, n) for n in ("vmap", "remat", "shard_map")],
+)
 def test_transformations(block, transform):
     """Values and gradients are those of the plain function, compiled."""
     arguments, wanted = sliced_values_and_gradients(block)

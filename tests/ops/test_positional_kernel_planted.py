@@ -16,7 +16,10 @@ import pytest
 
 from jaxrec.ops import init_positional_kernel, positional_kernel_attention
 
-ITEMS, LENGTH, WIDTH, BATCH = 40, 12, 32, 256
+# Each training run takes a few seconds; together they are slow.
+pytestmark = pytest.mark.slow
+
+ITEMS, LENGTH, WIDTH, BATCH, STEPS = 40, 12, 32, 128, 400
 LAG = 3
 
 
@@ -49,7 +52,7 @@ def init(key, logits, values):
         return shape[0] ** -0.5 * jax.random.normal(next(keys), shape)
 
     params = {name: dense(WIDTH, WIDTH) for name in ("query", "key", "value", "inner", "outer")}
-    params["items"] = 0.1 * jax.random.normal(next(keys), (ITEMS, WIDTH))
+    params["items"] = 0.02 * jax.random.normal(next(keys), (ITEMS, WIDTH))
     # Identity factors are no parameters.
     for name, structure in (("u", logits), ("l", values)):
         if structure != "identity":
@@ -79,8 +82,14 @@ def scores(structure, params, items):
     return normalized(z) @ params["items"].T
 
 
-def train(task, logits, values, steps, seed=0):
+def train(task, logits, values, steps=STEPS, seed=0):
     """Accuracy at the last position, and the parameters."""
+    # optax mixes dtypes.
+    with jax.numpy_dtype_promotion("standard"):
+        return _train(task, logits, values, steps, seed)
+
+
+def _train(task, logits, values, steps, seed):
     structure = (logits, values)
     optimizer = optax.adam(3e-3)
 
@@ -107,3 +116,37 @@ def train(task, logits, values, steps, seed=0):
     items, targets, _ = task(test)
     best = jnp.argmax(scores(structure, params, items)[:, -1], axis=-1)
     return float((best == targets[:, -1]).mean()), params
+
+
+@pytest.mark.parametrize(
+    ("logits", "values", "low", "high"),
+    [
+        ("identity", "identity", 0.0, 0.2),
+        # Sums over the past tell how far along a row is, a weak sign of position.
+        ("toeplitz", "identity", 0.0, 0.5),
+        ("identity", "toeplitz", 0.9, 1.0),
+        ("toeplitz", "toeplitz", 0.97, 1.0),
+        ("full", "full", 0.97, 1.0),
+    ],
+)
+def test_lag_copy_takes_a_kernel_on_the_values(logits, values, low, high):
+    accuracy, _ = train(lag_copy, logits, values)
+    assert low <= accuracy <= high
+
+
+@pytest.mark.parametrize(
+    ("logits", "values", "low", "high"),
+    [
+        ("identity", "identity", 0.0, 0.25),
+        ("identity", "toeplitz", 0.0, 0.25),
+        ("toeplitz", "identity", 0.97, 1.0),
+        ("toeplitz", "toeplitz", 0.97, 1.0),
+        ("full", "full", 0.97, 1.0),
+    ],
+)
+def test_induction_takes_a_kernel_on_the_logits(logits, values, low, high):
+    accuracy, params = train(induction, logits, values)
+    assert low <= accuracy <= high
+    if logits == "toeplitz":
+        # A key that carries the item before it: the largest tap is the one at lag 1.
+        assert np.argmax(np.abs(np.asarray(params["u"]))) == 1
