@@ -1,6 +1,7 @@
 """Test settings: CPU with eight virtual devices, strict dtype and rank promotion."""
 
 import os
+import signal
 
 # Before JAX starts. The TPU compiler is used ahead of time only, never as a device.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -13,6 +14,9 @@ os.environ["XLA_FLAGS"] = (
 import jax
 import numpy as np
 import pytest
+
+# A shell that starts the tests in the background has them ignore Ctrl-C; some send themselves one.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")

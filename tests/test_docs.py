@@ -69,8 +69,10 @@ def test_notebook(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     NotebookClient(
         notebook, timeout=500, kernel_name="python3", resources={"metadata": {"path": tmp_path}}
     ).execute()
+    outputs = [o for cell in notebook.cells for o in cell.get("outputs", [])]
+    # Printed text, and what the tables show in a notebook.
     output = "\n".join(
-        o.get("text", "") for c in notebook.cells for o in c.get("outputs", []) if "text" in o
+        o.get("text", "") + str(o.get("data", {}).get("text/plain", "")) for o in outputs
     )
     assert "hr@10" in output
     assert "part" in output

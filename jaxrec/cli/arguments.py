@@ -5,13 +5,16 @@ import io
 import re
 import sys
 from collections.abc import Callable, Sequence
+from itertools import takewhile
 from typing import Any
 
 import tyro
 
 from jaxrec.errors import UserError
 
-_FRAME = re.compile(r"[│╭╮╰╯─]")
+_FRAME = " │╭╮╰╯"
+_RULE = re.compile(r"[─-]+")
+_SUGGESTION = re.compile(r"(?:Perhaps you meant|similar to)[^\n]*:[^\n]*\n[^-\n]*(--[\w.-]+)")
 
 
 def parse(
@@ -53,14 +56,16 @@ def parse(
 
 
 def _one_line(text: str) -> str:
-    """The sentences of a framed message up to its first rule, without the frame."""
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    body = []
-    for line in lines[1:] if lines and lines[0].startswith("╭") else lines:
-        content = _FRAME.sub("", line).strip()
-        if not content:
-            break
-        body.append(content)
-    suggestion = re.search(r"(?:Perhaps you meant|Similar)[^\n]*\n[^-\n]*(--[\w.-]+)", text)
-    message = " ".join(body) or "the arguments do not fit"
+    """The first part of a framed message: what stands below its title, up to the next rule.
+
+    Frames are drawn with box characters where the output takes them, with hyphens elsewhere.
+    """
+    lines = [line.strip(_FRAME) for line in text.splitlines()]
+    lines = [line if _RULE.fullmatch(line) else line.strip("─ ") for line in lines if line]
+    title, rest = (lines[0], lines[1:]) if lines else ("the arguments do not fit", [])
+    if rest and _RULE.fullmatch(rest[0]):
+        rest = rest[1:]
+    body = list(takewhile(lambda line: not _RULE.fullmatch(line), rest))
+    suggestion = _SUGGESTION.search(text)
+    message = " ".join(body) or title
     return message + (f"; perhaps you meant {suggestion.group(1)}" if suggestion else "")

@@ -39,7 +39,9 @@ class Arguments:
 def main(words: Sequence[str]) -> int:
     if "--help" in words or "-h" in words:
         return _help(words)
-    arguments, rest = parse(Arguments, words, program="jaxrec train", allow_unknown=True)
+    arguments, rest = parse(
+        Arguments, _config_first(words), program="jaxrec train", allow_unknown=True
+    )
     config = load_config(arguments.config)
     if arguments.data is not None:
         config = replace(config, data=replace(config.data, name=arguments.data))
@@ -64,6 +66,11 @@ def main(words: Sequence[str]) -> int:
     print_results(values, console())
     console().print(f"run folder: {run.folder.path}", markup=False)
     return 0
+
+
+def _config_first(words: Sequence[str]) -> list[str]:
+    """An option of the experiment may stand before the config that says what it is."""
+    return sorted(words, key=lambda word: not word.endswith(".py"))
 
 
 def _help(words: Sequence[str]) -> int:

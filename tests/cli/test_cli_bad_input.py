@@ -44,6 +44,8 @@ def refused(capsys, *words):
     assert captured.err.startswith("jaxrec: ")
     assert captured.err.count("\n") == 1, captured.err
     assert "Traceback" not in captured.err
+    assert not set("│╭─╰") & set(captured.err)
+    assert "----" not in captured.err
     assert everything() == before
     return captured.err
 
@@ -122,6 +124,10 @@ TRAIN = {
         "training.epochs",
     ),
     "impossible option": (["good.py", "--out", "run", "--training.epochs", "0"], "training.epochs"),
+    "option before the config": (
+        ["--training.epochs", "0", "good.py", "--out", "run"],
+        "training.epochs must be positive, got 0",
+    ),
     "unknown choice": (["good.py", "--out", "run", "--model.position", "rope"], "model.position"),
     "infinite rate": (
         ["good.py", "--out", "run", "--optimizer.learning-rate", "inf"],

@@ -25,12 +25,16 @@ TILINGS = {
 @contextlib.contextmanager
 def tiling(name):
     """Sets the size of blocks for what is traced inside."""
-    before = loss_module.CPU_TILING, loss_module.ACCELERATOR_TILING
-    loss_module.CPU_TILING = loss_module.ACCELERATOR_TILING = TILINGS[name]
+    names = ("CPU_TILING", "ACCELERATOR_TILING", "ONE_PASS_POSITIONS")
+    before = [getattr(loss_module, n) for n in names]
+    shortest = before[2] if name == "default" else 1
     try:
+        for n, value in zip(names, (TILINGS[name], TILINGS[name], shortest), strict=True):
+            setattr(loss_module, n, value)
         yield
     finally:
-        loss_module.CPU_TILING, loss_module.ACCELERATOR_TILING = before
+        for n, value in zip(names, before, strict=True):
+            setattr(loss_module, n, value)
 
 
 def draw(rng, positions, items, width, dtype=np.float32, scale=1.0):

@@ -671,34 +671,40 @@ def test_one_pass_holds_one_block_of_logits():
     assert temporaries(f, hidden, table, labels) < 1.2 * block + 3 * 4 * 64 * (12_800 + 3_416)
 
 
+def primitives(f, items):
+    """Products and exponentials per logit in a gradient's program; a loop's body counts once."""
+    counts = {}
+
+    def visit(jaxpr):
+        for equation in jaxpr.eqns:
+            name = equation.primitive.name
+            if name == "dot_general" or (
+                name == "exp" and len(equation.outvars[0].aval.shape) == 2
+            ):
+                counts[name] = counts.get(name, 0) + 1
+            if name == "cond":  # one branch a platform, alike but for the size of blocks
+                visit(equation.params["branches"][0].jaxpr)
+                continue
+            for inner in jaxprs_in_params(equation.params):
+                visit(inner)
+
+    specs = (
+        jax.ShapeDtypeStruct((1_024, 8), jnp.float32),
+        jax.ShapeDtypeStruct((items, 8), jnp.float32),
+        jax.ShapeDtypeStruct((1_024,), jnp.int32),
+    )
+    visit(jax.make_jaxpr(jax.grad(lambda *x: f(*x), (0, 1)))(*specs).jaxpr)
+    return counts
+
+
 def test_the_mean_uses_three_products_and_one_exponential():
-    """Counted in the program of the gradient, where a loop's body stands once."""
-
-    def primitives(f, items):
-        counts = {}
-
-        def visit(jaxpr, times):
-            for equation in jaxpr.eqns:
-                name = equation.primitive.name
-                shape = equation.outvars[0].aval.shape
-                if name == "dot_general" or (name == "exp" and len(shape) == 2):
-                    counts[name] = counts.get(name, 0) + times
-                if name == "cond":  # one branch a platform
-                    visit(equation.params["branches"][0].jaxpr, times)
-                    continue
-                for inner in jaxprs_in_params(equation.params):
-                    visit(inner, times)
-
-        specs = (
-            jax.ShapeDtypeStruct((1_024, 8), jnp.float32),
-            jax.ShapeDtypeStruct((items, 8), jnp.float32),
-            jax.ShapeDtypeStruct((1_024,), jnp.int32),
-        )
-        visit(jax.make_jaxpr(jax.grad(f, (0, 1)))(*specs).jaxpr, 1)
-        return counts
-
     mean = ops.mean_linear_cross_entropy
-    assert primitives(mean, 3_416) == {"dot_general": 3, "exp": 1}
     largest = loss_module.CPU_TILING.one_pass_logits // loss_module.ONE_PASS_POSITIONS
+    assert primitives(mean, 3_416) == {"dot_general": 3, "exp": 1}
     assert primitives(mean, largest) == {"dot_general": 3, "exp": 1}
     assert primitives(mean, largest + 1) == {"dot_general": 4, "exp": 2}
+    # These tests mean to run both ways.
+    with tiling("small"):
+        assert primitives(mean, 20) == {"dot_general": 3, "exp": 1}
+    with tiling("small_two_pass"):
+        assert primitives(mean, 20) == {"dot_general": 4, "exp": 2}

@@ -14,6 +14,7 @@ from small_sets import (
     FIRST_USER,
     ITEMS,
     MAX_LENGTH,
+    compiled_once,
     copy_of,
     histories,
     shop,
@@ -28,6 +29,12 @@ from jaxrec.errors import UserError
 from jaxrec.training.run_folder import RunFolder, write_json
 
 IDS = [f"i{i:02d}" for i in range(ITEMS)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _compiled_once():
+    with compiled_once():
+        yield
 
 
 @functools.cache
