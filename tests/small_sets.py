@@ -5,6 +5,7 @@ What is handed out is for reading; a test that changes a run or a set copies it 
 
 import atexit
 import functools
+import json
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -28,6 +29,7 @@ from jaxrec.training.config import (
     OptimizerConfig,
     Published,
     TrainingConfig,
+    to_dict,
 )
 
 USERS, ITEMS, MAX_LENGTH = 60, 30, 10
@@ -106,6 +108,17 @@ def small_config(**changes: Any) -> Experiment:
             value = replace(getattr(config, section), **{field: value})
         config = replace(config, **{section: value})
     return config
+
+
+def config_file(path: Path, config: Experiment, then: str = "") -> Path:
+    """A config file that says `config`, and then does what else it is told to."""
+    path.with_suffix(".json").write_text(json.dumps(to_dict(config)))
+    path.write_text(
+        "import json\nfrom pathlib import Path\nfrom jaxrec.training.config import from_dict\n"
+        "text = Path(__file__).with_suffix('.json').read_text()\n"
+        f"config = from_dict(json.loads(text), 'the test')\n{then}"
+    )
+    return path
 
 
 @contextmanager

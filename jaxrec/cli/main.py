@@ -47,6 +47,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("jaxrec: stopped", file=sys.stderr)
         return 130
+    except Exception as error:
+        # JAX's own type is not imported for it: most commands that fail never load JAX.
+        if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        reason = str(error).strip().splitlines()[:1] or ["no more to be had"]
+        print(
+            f"jaxrec: out of memory ({reason[0]}); smaller batch_size, max_length or width need "
+            "less",
+            file=sys.stderr,
+        )
+        return 2
 
 
 def _run(words: list[str]) -> int:

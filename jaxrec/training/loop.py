@@ -4,6 +4,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from jaxrec.training.interrupt import Interrupted, SignalFlag
 from jaxrec.training.optimizer import learning_rate, make_optimizer
 from jaxrec.training.progress import Reporter, reporter
 from jaxrec.training.run_folder import RunFolder
+from jaxrec.training.run_lock import alone_in
 from jaxrec.training.run_start import begin, check_free
 from jaxrec.training.setup import (
     count_from_newest,
@@ -53,16 +55,18 @@ def train(
     """Trains until validation stops improving, leaving checkpoints and curves in `out`.
 
     A folder that holds an unfinished run of the same config is continued where its newest
-    checkpoint stands, bitwise as if it had never stopped; a finished one is left as it is.
+    checkpoint stands, bitwise as if it had never stopped; a finished one is left as it is. One
+    without any checkpoint is begun anew, whatever its config.
 
     Args:
       config: the experiment.
       out: the run folder.
-      overwrite: delete what is in `out` and begin anew.
+      overwrite: delete the run that is in `out` and begin anew.
       show_progress: True or None for a bar on a terminal and lines elsewhere; False for silence.
 
     Raises:
-      UserError: bad config or data, a folder that holds another run, a loss that is not finite.
+      UserError: bad config or data, a folder that holds another run or is being trained into, a
+        loss that is not finite.
       Interrupted: SIGTERM or Ctrl-C; a checkpoint has been saved.
     """
     config = located(check(config))
@@ -94,48 +98,51 @@ def train(
         packed=config.data.packed,
         count_from_newest=count_from_newest(config),
     )
-    # Not before everything else is made: where that fails, no folder is left behind.
-    begin(folder, config, interactions, split, overwrite=overwrite)
-    checkpoints = Checkpoints(folder.checkpoints, config.training.metric, create=True)
-    try:
-        with reporter(show_progress) as report, SignalFlag() as signals:
-            loop = LoopState(0, None, 0, 0, 0.0, 0, False)
-            restored = checkpoints.restore_latest(state, iterator, report.line)
-            if restored is not None:
-                state, loop = restored.state, restored.loop
-                checkpoints.forget_after(restored.step)
-                # Epochs and patience may be others now.
-                loop = loop._replace(finished=_is_finished(config.training, loop))
-                if not loop.finished:
-                    folder.results.unlink(missing_ok=True)
-                    report.line(f"continuing at step {restored.step}, epoch {loop.epoch + 1}")
-            else:
-                report.line(
-                    f"{config.name} on {interactions.name}: {batches.sequences:,} sequences, "
-                    f"{batches.events:,} events an epoch in {batches.batches_per_epoch:,} steps "
-                    f"of {batches.rows} rows ({batches.occupancy:.1%} filled)"
-                )
-            with Curves(
+    with ExitStack() as stack:
+        # Not before everything else is made: where that fails, no folder is left behind.
+        stack.enter_context(alone_in(folder.path))
+        begin(folder, config, interactions, split, overwrite=overwrite)
+        checkpoints = Checkpoints(folder.checkpoints, config.training.metric, create=True)
+        stack.callback(checkpoints.close)
+        report = stack.enter_context(reporter(show_progress))
+        signals = stack.enter_context(SignalFlag())
+        loop = LoopState(0, None, 0, 0, 0.0, 0, False)
+        restored = checkpoints.restore_latest(state, iterator, report.line)
+        if restored is not None:
+            state, loop = restored.state, restored.loop
+            checkpoints.forget_after(restored.step)
+            # Epochs and patience may be others now.
+            loop = loop._replace(finished=_is_finished(config.training, loop))
+            if not loop.finished:
+                folder.results.unlink(missing_ok=True)
+                report.line(f"continuing at step {restored.step}, epoch {loop.epoch + 1}")
+        else:
+            report.line(
+                f"{config.name} on {interactions.name}: {batches.sequences:,} sequences, "
+                f"{batches.events:,} events an epoch in {batches.batches_per_epoch:,} steps "
+                f"of {batches.rows} rows ({batches.occupancy:.1%} filled)"
+            )
+        curves = stack.enter_context(
+            Curves(
                 folder.metrics,
                 keep=loop.lines,
                 tensorboard=folder.tensorboard if config.training.tensorboard else None,
                 first_step=0 if restored is None else restored.step + 1,
-            ) as curves:
-                _Loop(
-                    config=config,
-                    steps_per_epoch=batches.batches_per_epoch,
-                    events_per_step=batches.events / batches.batches_per_epoch,
-                    total_steps=total_steps,
-                    step=step,
-                    iterator=iterator,
-                    validation=validation,
-                    checkpoints=checkpoints,
-                    curves=curves,
-                    report=report,
-                    signals=signals,
-                ).run(state, loop)
-    finally:
-        checkpoints.close()
+            )
+        )
+        _Loop(
+            config=config,
+            steps_per_epoch=batches.batches_per_epoch,
+            events_per_step=batches.events / batches.batches_per_epoch,
+            total_steps=total_steps,
+            step=step,
+            iterator=iterator,
+            validation=validation,
+            checkpoints=checkpoints,
+            curves=curves,
+            report=report,
+            signals=signals,
+        ).run(state, loop)
     return folder
 
 

@@ -59,7 +59,19 @@ class RunFolder:
         return self.path / "tensorboard"
 
     def exists(self) -> bool:
-        return self.config.is_file()
+        """Whether there is a run here; other tools, too, keep a config.json in their folders."""
+        try:
+            values = read_json(self.config)
+        except UserError:
+            # Damaged, perhaps: what else a run has tells whose it is.
+            return self.config.is_file() and self.data.is_file() and self.items.is_file()
+        return "format" in values and "experiment" in values
+
+    def has_checkpoint(self) -> bool:
+        """Whether there is anything to continue from."""
+        return self.checkpoints.is_dir() and any(
+            entry.name.isdigit() for entry in self.checkpoints.iterdir()
+        )
 
     def require(self) -> None:
         """Raises UserError unless this is a run folder."""

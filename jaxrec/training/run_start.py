@@ -31,13 +31,15 @@ def check_free(
 ) -> None:
     """Refuses a folder that this run may not use.
 
+    A run without any checkpoint may be replaced by another: there is nothing to lose.
+
     Raises:
       UserError: the folder holds something else, or a run of another config or data.
     """
     if folder.path.exists() and not folder.path.is_dir():
         raise UserError(f"{folder.path}: is a file; give a folder for the run")
     if folder.exists():
-        if not overwrite:
+        if not overwrite and folder.has_checkpoint():
             _check_same(folder, config, interactions)
     elif folder.path.is_dir() and any(folder.path.iterdir()) and not _mark(folder).exists():
         what = "so it is not overwritten" if overwrite else "and not empty; choose another --out"
@@ -62,8 +64,7 @@ def begin(
     """
     check_free(folder, config, interactions, overwrite=overwrite)
     try:
-        if overwrite or not folder.exists():
-            folder.path.mkdir(parents=True, exist_ok=True)
+        if overwrite or not folder.exists() or not folder.has_checkpoint():
             _clear(folder)
             _describe(folder, interactions, split)
         # Last: a folder without it is not a run yet.
@@ -78,14 +79,14 @@ def _mark(folder: RunFolder) -> Path:
 
 
 def _clear(folder: RunFolder) -> None:
-    mark = _mark(folder)
-    mark.touch()
+    """Removes what a run wrote; anything else in the folder is the user's."""
+    _mark(folder).touch()
     folder.config.unlink(missing_ok=True)
-    for entry in folder.path.iterdir():
-        if entry.is_dir() and not entry.is_symlink():
-            shutil.rmtree(entry)
-        elif entry != mark:
-            entry.unlink()
+    for file in (folder.data, folder.items, folder.metrics, folder.results):
+        file.unlink(missing_ok=True)
+    for inner in (folder.checkpoints, folder.tensorboard):
+        if inner.is_dir():
+            shutil.rmtree(inner)
 
 
 def _describe(folder: RunFolder, interactions: Interactions, split: Split) -> None:

@@ -129,6 +129,10 @@ TRAIN = {
         "training.epochs must be positive, got 0",
     ),
     "unknown choice": (["good.py", "--out", "run", "--model.position", "rope"], "model.position"),
+    "more than the memory": (
+        ["good.py", "--out", "run", "--model.width", "100000000000"],
+        "out of memory (",
+    ),
     "infinite rate": (
         ["good.py", "--out", "run", "--optimizer.learning-rate", "inf"],
         "optimizer.learning_rate",
@@ -141,7 +145,7 @@ TRAIN = {
         ["good.py", "--out", "folder", "--overwrite"],
         "folder: not a run folder, so it is not overwritten",
     ),
-    "out below a file": (["good.py", "--out", "good.json/run"], "cannot be written"),
+    "out below a file": (["good.py", "--out", "good.json/run"], "cannot be made"),
     "results is a file": (["good.py", "--out", "run", "--results", "good.json"], "cannot be made"),
     "metric without its cut-off": (
         ["good.py", "--out", "run", "--training.metric", "ndcg@20"],

@@ -14,6 +14,7 @@ from small_sets import (
     FIRST_USER,
     ITEMS,
     compiled_once,
+    config_file,
     copy_of,
     data_dir,
     shop,
@@ -300,7 +301,7 @@ def test_show_a_run_that_is_not_finished(capsys, tmp_path):
 
 
 def test_a_signal_ends_with_its_code_and_one_line(capsys, monkeypatch, tmp_path):
-    Path("own.py").write_text(CONFIG)
+    config_file(Path("own.py"), small_config())
     make = loop_module.make_train_step
 
     # The flag is up only while the loop runs, so the signal comes with the first batch.
@@ -314,9 +315,7 @@ def test_a_signal_ends_with_its_code_and_one_line(capsys, monkeypatch, tmp_path)
         return first
 
     monkeypatch.setattr(loop_module, "make_train_step", made)
-    captured = call(
-        capsys, "train", "own.py", "--out", "run", "--data", "shop", "--quiet", code=128 + 15
-    )
+    captured = call(capsys, "train", "own.py", "--out", "run", "--quiet", code=128 + 15)
     assert captured.err == (
         "jaxrec: stopped at step 1 by a signal; the same command continues from there\n"
     )
@@ -325,8 +324,8 @@ def test_a_signal_ends_with_its_code_and_one_line(capsys, monkeypatch, tmp_path)
 
 
 def test_a_loss_that_is_not_finite_is_one_line(capsys):
-    Path("own.py").write_text(CONFIG)
-    words = ["train", "own.py", "--out", "run", "--data", "shop", "--quiet"]
+    config_file(Path("own.py"), small_config())
+    words = ["train", "own.py", "--out", "run", "--quiet"]
     captured = call(capsys, *words, "--optimizer.learning-rate", "1e38", code=2)
     assert captured.err.count("\n") == 1
     assert captured.err.startswith("jaxrec: not finite at step 1 (epoch 1, batch 1): the gradient")

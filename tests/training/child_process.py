@@ -1,23 +1,19 @@
 """Training in a process of its own that sends itself a signal."""
 
-import json
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
-from small_sets import base_dir
+from small_sets import base_dir, config_file
 
-from jaxrec.training.config import Experiment, to_dict
+from jaxrec.training.config import Experiment
 
-_CONFIG = """
-import json, os, threading
-from pathlib import Path
+_SIGNAL = """
+import os, threading
 from jaxrec.data.batches import TrainingBatches
-from jaxrec.training.config import from_dict
 
-config = from_dict(json.loads(Path(__file__).with_suffix(".json").read_text()), "the child")
 original = TrainingBatches.__getitem__
 
 def counting(self, index):
@@ -44,9 +40,8 @@ def train_in_child(
     config: Experiment, folder: Path, number: int, *, at: int, delay: float = 0.0
 ) -> "subprocess.CompletedProcess[str]":
     """`jaxrec train`, which gets a signal `delay` seconds after the loader reads batch `at`."""
-    path = folder.with_name("child.py")
-    path.write_text(_CONFIG.format(at=at, delay=delay, number=int(number)))
-    path.with_suffix(".json").write_text(json.dumps(to_dict(config)))
+    then = _SIGNAL.format(at=at, delay=delay, number=int(number))
+    path = config_file(folder.with_name("child.py"), config, then)
     return subprocess.run(
         [sys.executable, "-m", "jaxrec.cli.main", "train", str(path), "--out", str(folder)],
         capture_output=True,

@@ -1,6 +1,8 @@
 """The run folder: its files read back, damage told by file and line, and how a run begins."""
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,13 +14,23 @@ from jaxrec.data.splits import leave_one_out
 from jaxrec.errors import UserError
 from jaxrec.training import run_start
 from jaxrec.training.run_folder import RunFolder, read_json, write_json
+from jaxrec.training.run_lock import alone_in
 from jaxrec.training.run_start import begin, check_free
 
 
 def started(tmp_path, config=None, **options):
     folder = RunFolder(tmp_path / "run")
     options = {"overwrite": False} | options
-    begin(folder, config or small_config(), shop(), leave_one_out(shop()), **options)
+    check_free(folder, config or small_config(), shop(), **options)
+    with alone_in(folder.path):
+        begin(folder, config or small_config(), shop(), leave_one_out(shop()), **options)
+    return folder
+
+
+def with_checkpoint(tmp_path, config=None):
+    """One that has something to lose."""
+    folder = started(tmp_path, config)
+    (folder.checkpoints / "3").mkdir(parents=True)
     return folder
 
 
@@ -78,17 +90,79 @@ def test_a_file_is_left_alone(tmp_path, overwrite):
 
 def test_a_parent_that_is_a_file(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot be written"):
+    with pytest.raises(UserError, match="cannot be made"):
         started(tmp_path / "file")
 
 
-def test_overwriting_clears_the_run_away(tmp_path):
-    folder = started(tmp_path)
-    (folder.path / "checkpoints" / "3").mkdir(parents=True)
-    folder.metrics.write_text("{}")
+def test_overwriting_clears_the_run_away_and_nothing_else(tmp_path):
+    folder = with_checkpoint(tmp_path)
+    (folder.path / "tensorboard").mkdir()
+    for name in ("metrics.jsonl", "results.json", "notes.txt", "tensorboard/events"):
+        (folder.path / name).write_text("{}")
     started(tmp_path, small_config(training__seed=9), overwrite=True)
+    assert names(folder.path) == ["config.json", "data.json", "items.parquet", "notes.txt"]
+    assert folder.read_config().training.seed == 9
+
+
+def test_a_run_without_a_checkpoint_has_nothing_to_lose(tmp_path):
+    folder = started(tmp_path)
+    folder.metrics.write_text('{"step": 1}\n')
+    folder.checkpoints.mkdir()
+    (folder.checkpoints / "3.orbax-checkpoint-tmp-0").mkdir()
+    started(tmp_path, small_config(training__seed=9))
     assert names(folder.path) == ["config.json", "data.json", "items.parquet"]
     assert folder.read_config().training.seed == 9
+
+
+@pytest.mark.parametrize("overwrite", [True, False])
+def test_the_config_of_another_tool_is_left_alone(tmp_path, overwrite):
+    (tmp_path / "run").mkdir()
+    for text in ('{"model_type": "bert"}', "[]", "model: bert"):
+        (tmp_path / "run" / "config.json").write_text(text)
+        with pytest.raises(UserError, match="not a run folder"):
+            started(tmp_path, overwrite=overwrite)
+        assert (tmp_path / "run" / "config.json").read_text() == text
+
+
+def test_a_run_with_a_damaged_config_can_be_overwritten(tmp_path):
+    folder = with_checkpoint(tmp_path)
+    folder.config.write_text('{"format":')
+    with pytest.raises(UserError, match=r"config.json: not JSON"):
+        started(tmp_path)
+    assert started(tmp_path, overwrite=True).read_config() == small_config()
+
+
+def test_one_training_a_folder(tmp_path):
+    folder = started(tmp_path)
+    before = folder.config.read_bytes()
+    with alone_in(folder.path):
+        for overwrite in (True, False):
+            with pytest.raises(UserError, match="another process is training into it"):
+                started(tmp_path, small_config(training__seed=1), overwrite=overwrite)
+        assert folder.config.read_bytes() == before
+    started(tmp_path)
+
+
+def test_a_child_process_holds_nothing_after_its_death(tmp_path):
+    code = (
+        "import os, sys\nfrom pathlib import Path\n"
+        "from jaxrec.training.run_lock import alone_in\n"
+        "with alone_in(Path(sys.argv[1])):\n"
+        "    print('held', flush=True)\n    sys.stdin.read()\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as child:
+        assert child.stdout.readline() == "held\n"
+        with pytest.raises(UserError, match="another process"), alone_in(tmp_path):
+            pass
+        child.kill()
+        child.wait()
+    with alone_in(tmp_path):
+        pass
 
 
 @pytest.mark.parametrize("old", [True, False])
@@ -98,8 +172,7 @@ def test_a_kill_while_it_begins_leaves_a_folder_that_can_be_used(
 ):
     """Whether it was new or overwrote a run."""
     if old:
-        folder = started(tmp_path)
-        (folder.path / "checkpoints").mkdir()
+        with_checkpoint(tmp_path)
 
     class Killed(BaseException):
         pass
@@ -133,7 +206,7 @@ def test_a_kill_while_it_begins_leaves_a_folder_that_can_be_used(
     ids=str,
 )
 def test_what_changes_no_step_may_change(tmp_path, changes):
-    started(tmp_path)
+    with_checkpoint(tmp_path)
     (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 1}\n')
     folder = started(tmp_path, small_config(**changes))
     assert folder.read_config() == small_config(**changes)
@@ -158,7 +231,7 @@ def test_what_changes_no_step_may_change(tmp_path, changes):
     ids=str,
 )
 def test_a_run_of_another_config_is_refused_by_field(tmp_path, changes, named):
-    folder = started(tmp_path)
+    folder = with_checkpoint(tmp_path)
     before = folder.config.read_bytes()
     with pytest.raises(UserError, match=named):
         started(tmp_path, small_config(**changes))
@@ -167,13 +240,13 @@ def test_a_run_of_another_config_is_refused_by_field(tmp_path, changes, named):
 
 def test_epochs_count_where_the_schedule_depends_on_them(tmp_path):
     cosine = small_config(optimizer__schedule="cosine")
-    started(tmp_path, cosine)
+    with_checkpoint(tmp_path, cosine)
     with pytest.raises(UserError, match=r"training.epochs = 3, now it is 4"):
         started(tmp_path, small_config(optimizer__schedule="cosine", training__epochs=4))
 
 
 def test_another_version_of_the_data_is_refused(tmp_path):
-    folder = started(tmp_path)
+    folder = with_checkpoint(tmp_path)
     write_json(folder.data, folder.read_data() | {"hash": "0123456789abcdef"})
     with pytest.raises(UserError, match=f"hash 0123456789ab, now {shop().hash[:12]}"):
         started(tmp_path)
