@@ -52,6 +52,48 @@ def check_shape(op: str, name: str, array: Any, want: tuple[int, ...]) -> None:
         raise ValueError(f"{op}: {name} must have shape {want}, got {array.shape}")
 
 
+class Shard(NamedTuple):
+    """That a table is one of several that lie along a mesh axis, in order, inside `shard_map`.
+
+    `items` counts those of all shards; rows of the last ones beyond it are padding.
+    """
+
+    axis: str
+    items: int
+
+    def first(self, rows: int) -> jax.Array:
+        """The id of this shard's first item."""
+        return lax.axis_index(self.axis) * rows
+
+    def real(self, rows: int) -> jax.Array | None:
+        """bool[rows]: which of this shard's rows are items; None for all."""
+        if self.items == lax.axis_size(self.axis) * rows:
+            return None
+        return self.first(rows) + jnp.arange(rows, dtype=jnp.int32) < self.items
+
+
+def make_shard(op: str, table: Any, item_axis: str | None, num_items: int | None) -> Shard | None:
+    """What the caller says about the table, checked."""
+    if item_axis is None:
+        if num_items is not None:
+            raise ValueError(f"{op}: num_items goes with item_axis; cut item_table instead")
+        return None
+    try:
+        shards = lax.axis_size(item_axis)
+    except NameError:
+        raise ValueError(
+            f"{op}: item_axis {item_axis!r} is no mesh axis here; it is for use inside "
+            "jax.shard_map"
+        ) from None
+    rows = shards * table.shape[0]
+    items = rows if num_items is None else int(num_items)
+    if not 0 < items <= rows:
+        raise ValueError(
+            f"{op}: num_items must be from 1 to the {rows} rows of all {shards} shards, got {items}"
+        )
+    return Shard(item_axis, items)
+
+
 class Rows(NamedTuple):
     """One block of consecutive rows, and which of them no earlier block held.
 

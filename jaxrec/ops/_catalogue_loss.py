@@ -14,6 +14,9 @@ exponential. 1 / s_p scales rows of H and dH, never the block of logits. This ne
 beforehand, which a weighted mean provides, and a catalogue whose block of logits is affordable.
 
 The eps / V term has a closed form, and so has the term of the label: neither costs a pass.
+
+Inside `shard_map` the table may be one `Shard` of a larger one: statistics of disjoint sets of
+items combine over the mesh axis, and everything else stays where the rows are.
 """
 
 from typing import NamedTuple
@@ -23,6 +26,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxrec.ops import _catalogue
+from jaxrec.ops._catalogue import Shard
 
 _F32 = jnp.float32
 
@@ -40,9 +44,19 @@ class Problem(NamedTuple):
     hidden: jax.Array  # [P, D]
     table: jax.Array  # [V, D]
     bias: jax.Array | None  # float32[V]
-    labels: jax.Array  # int32[P], all in 0..V-1
+    labels: jax.Array  # int32[P], rows of `table`; outside of it where another shard has the label
     valid: jax.Array  # bool[P]
     bad: jax.Array  # bool[P]: a valid position whose label is outside the catalogue
+    real: jax.Array | None  # bool[V]: False for padding of the last shards; None: all are items
+    shard: Shard | None
+
+    @property
+    def items(self) -> int:
+        return self.table.shape[0] if self.shard is None else self.shard.items
+
+    def over_shards(self, part: jax.Array) -> jax.Array:
+        """The sum over all shards of what each has of it."""
+        return part if self.shard is None else lax.psum(part, self.shard.axis)
 
 
 class Gradients(NamedTuple):
@@ -71,15 +85,30 @@ def clean(
     bias: jax.Array | None,
     labels: jax.Array,
     valid: jax.Array,
+    shard: Shard | None = None,
 ) -> Problem:
-    inside = (labels >= 0) & (labels < table.shape[0])
+    rows = table.shape[0]
+    inside = (labels >= 0) & (labels < (rows if shard is None else shard.items))
+    own = jnp.where(valid & inside, labels, jnp.zeros((), labels.dtype)).astype(jnp.int32)
+    bias, real = None if bias is None else bias.astype(_F32), None
+    if shard is not None:
+        first = lax.axis_index(shard.axis) * rows
+        own = own - first
+        if (
+            shard.items % lax.axis_size(shard.axis)
+            or shard.items // lax.axis_size(shard.axis) != rows
+        ):
+            real = first + jnp.arange(rows, dtype=jnp.int32) < shard.items
+            bias = jnp.where(real, _F32(0) if bias is None else bias, _F32(-jnp.inf))
     return Problem(
         hidden=jnp.where(valid[:, None], hidden, jnp.zeros((), hidden.dtype)),
         table=table,
-        bias=None if bias is None else bias.astype(_F32),
-        labels=jnp.where(valid & inside, labels, jnp.zeros((), labels.dtype)).astype(jnp.int32),
+        bias=bias,
+        labels=own,
         valid=valid,
         bad=valid & ~inside,
+        real=real,
+        shard=shard,
     )
 
 
@@ -157,7 +186,14 @@ def statistics(problem: Problem, blocks: Blocks) -> Statistics:
 
     empty = jnp.zeros_like(hidden[:, 0], dtype=_F32)
     start = Statistics(empty, empty, empty)
-    return _catalogue.over_rows(hidden.shape[0], blocks.positions, positions, start)
+    found = _catalogue.over_rows(hidden.shape[0], blocks.positions, positions, start)
+    return found if problem.shard is None else _combine_shards(found, problem.shard.axis)
+
+
+def _combine_shards(a: Statistics, axis: str) -> Statistics:
+    largest = lax.pmax(a.largest, axis)
+    total = a.total * jnp.exp(a.largest - _finite_or_zero(largest))
+    return Statistics(largest, lax.psum(total, axis), lax.psum(a.target, axis))
 
 
 def log_sum_exp(stats: Statistics) -> jax.Array:
@@ -168,16 +204,24 @@ def losses(problem: Problem, lse: jax.Array, target: jax.Array, smoothing: float
     """float32[P]; 0 where invalid, NaN where the label is bad."""
     value = lse - _F32(1 - smoothing) * target
     if smoothing:
-        mean = (problem.hidden.astype(_F32) * _mean_row(problem.table)[None, :]).sum(1)
+        mean = (problem.hidden.astype(_F32) * _mean_row(problem)[None, :]).sum(1)
         if problem.bias is not None:
-            mean = mean + problem.bias.mean()
+            mean = mean + problem.over_shards(_real_sum(problem, problem.bias)) / problem.items
         value = value - _F32(smoothing) * mean
     value = jnp.where(problem.bad, _F32(jnp.nan), value)
     return jnp.where(problem.valid, value, _F32(0))
 
 
-def _mean_row(table: jax.Array) -> jax.Array:
-    return table.sum(0, dtype=_F32) / table.shape[0]
+def _real_sum(problem: Problem, rows: jax.Array) -> jax.Array:
+    """Sum over the items of this shard of something that there is one of for each."""
+    if problem.real is not None:
+        real = problem.real.reshape((-1,) + (1,) * (rows.ndim - 1))
+        rows = jnp.where(real, rows, jnp.zeros((), rows.dtype))
+    return rows.sum(0, dtype=_F32)
+
+
+def _mean_row(problem: Problem) -> jax.Array:
+    return problem.over_shards(_real_sum(problem, problem.table)) / problem.items
 
 
 def gradients(
@@ -188,7 +232,7 @@ def gradients(
     dtype = hidden.dtype
     lse = jnp.where(problem.bad, _F32(jnp.nan), lse)
     h32 = hidden.astype(_F32)
-    spread = _F32(smoothing / table.shape[0])
+    spread = _F32(smoothing / problem.items)
 
     def items(columns: _catalogue.Rows, carry: Gradients) -> Gradients:
         e, e_fresh = columns.take(table), columns.take_fresh(table)
@@ -200,7 +244,8 @@ def gradients(
             hit = rows.take(labels)[:, None] == ids[None, :]
             delta = jnp.where(hit, probs - _F32(1 - smoothing), probs)
             if smoothing:
-                delta = delta - spread
+                real = None if problem.real is None else columns.take(problem.real)[None, :]
+                delta = delta - (spread if real is None else jnp.where(real, spread, _F32(0)))
             gain = rows.take_fresh(g)[:, None]
             d_bias = None if inner.bias is None else inner.bias + _dot(gain, delta, (0, 0))[0]
             delta = delta.astype(dtype)
@@ -249,10 +294,13 @@ def value_and_gradients(
 
     def positions(rows: _catalogue.Rows, carry: _Sums) -> _Sums:
         logits = _logits(rows.take(hidden), table, bias)
-        target = _pick(logits, rows.take(labels))
-        largest = _finite_or_zero(logits.max(1))
+        target = problem.over_shards(_pick(logits, rows.take(labels)))
+        largest = logits.max(1)
+        if problem.shard is not None:
+            largest = lax.pmax(largest, problem.shard.axis)
+        largest = _finite_or_zero(largest)
         weights = jnp.exp(logits - largest[:, None])
-        total = weights.sum(1)
+        total = problem.over_shards(weights.sum(1))
         total = jnp.where(rows.take(problem.bad), _F32(jnp.nan), total)
         share = (rows.take(g) / total)[:, None]
         fresh = (rows.take_fresh(g) / total)[:, None]
@@ -277,13 +325,20 @@ def value_and_gradients(
     )
     end = _catalogue.over_rows(hidden.shape[0], block, positions, start)
 
-    hit, spread = _F32(1 - smoothing), _F32(smoothing / table.shape[0])
+    hit, spread = _F32(1 - smoothing), jnp.full((1, 1), smoothing / problem.items, _F32)
+    here = (labels >= 0) & (labels < table.shape[0])
+    # What another shard has is dropped by the scatter, and zero in the gather.
+    row = jnp.where(here, labels, table.shape[0])
+    own = jnp.where(here[:, None], table[jnp.where(here, labels, 0)].astype(_F32), _F32(0))
     gh = g[:, None] * h32
-    d_hidden = end.hidden - hit * g[:, None] * table[labels].astype(_F32)
-    d_table = end.table.T.at[labels].add(-hit * gh)
-    d_bias = None if end.bias is None else end.bias.at[labels].add(-hit * g)
+    d_hidden = end.hidden - hit * g[:, None] * own
+    d_table = end.table.T.at[row].add(-hit * gh, mode="drop")
+    d_bias = None if end.bias is None else end.bias.at[row].add(-hit * g, mode="drop")
     if smoothing:
-        d_hidden = d_hidden - _F32(smoothing) * g[:, None] * _mean_row(table)[None, :]
+        if problem.real is not None:
+            spread = jnp.where(problem.real[:, None], spread, _F32(0))
+        mean = _real_sum(problem, table) / problem.items
+        d_hidden = d_hidden - _F32(smoothing) * g[:, None] * mean[None, :]
         d_table = d_table - spread * gh.sum(0)[None, :]
-        d_bias = None if d_bias is None else d_bias - spread * g.sum()
+        d_bias = None if d_bias is None else d_bias - spread.reshape(-1) * g.sum()
     return end.lse, end.target, Gradients(d_hidden, d_table, d_bias)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxrec.ops import _catalogue, _catalogue_loss, _dispatch, _manual_axes
+from jaxrec.ops._catalogue import Shard
 from jaxrec.ops._catalogue_loss import Blocks, Gradients
 
 T = TypeVar("T")
@@ -37,6 +38,7 @@ ONE_PASS_POSITIONS = 128
 
 class _Options(NamedTuple):
     smoothing: float
+    shard: Shard | None
     cpu: Tiling
     accelerator: Tiling
 
@@ -110,6 +112,8 @@ def linear_cross_entropy(
     bias: Float[Array, " items"] | None = None,
     valid: Bool[Array, " positions"] | None = None,
     label_smoothing: float = 0.0,
+    item_axis: str | None = None,
+    num_items: int | None = None,
     implementation: _dispatch.Implementation | None = None,
 ) -> Float[Array, " positions"]:
     """Softmax cross-entropy of every position over all items, never holding [positions, items].
@@ -129,6 +133,11 @@ def linear_cross_entropy(
       valid: bool [P], by default all True. Where False the loss is 0 and nothing of that position,
         NaN included, reaches a result or a gradient; its label may be anything.
       label_smoothing: eps, a Python number from 0 to 1.
+      item_axis: inside `jax.shard_map`, the mesh axis that the rows of `item_table` and `bias` are
+        split over; labels then are ids of the whole catalogue, and the result is one of all items.
+        Adds three reductions over that axis, of [P] each, and one of the gradient [P, D].
+      num_items: with `item_axis`, how many of the rows of all shards are items; those after them
+        are padding and take no part. By default all of them.
       implementation: "xla", "pallas", or None to let the op choose.
 
     Returns:
@@ -167,14 +176,38 @@ def linear_cross_entropy(
         label_smoothing,
         implementation,
     )
-    return _per_position(arguments, float(label_smoothing))
+    shard = _catalogue.make_shard(
+        "linear_cross_entropy", arguments.item_table, item_axis, num_items
+    )
+    return _per_position(arguments, _options(label_smoothing, shard))
 
 
-def _per_position(arguments: _Arguments, smoothing: float) -> jax.Array:
+def _options(smoothing: float, shard: Shard | None) -> _Options:
+    return _Options(float(smoothing), shard, CPU_TILING, ACCELERATOR_TILING)
+
+
+def _per_position(arguments: _Arguments, options: _Options) -> jax.Array:
     if arguments.hidden.shape[0] == 0:
         return jnp.zeros((0,), jnp.float32)
-    options = _Options(smoothing, CPU_TILING, ACCELERATOR_TILING)
-    return _losses(options, *_manual_axes.vary_together(*arguments))
+    return _alike(options, _losses(options, *_together(options, *arguments)))
+
+
+def _together(options: _Options, *arguments: Any) -> tuple[Any, ...]:
+    """The arguments varying alike, over the items' axis too: its sums then give one result."""
+    if options.shard is None:
+        return _manual_axes.vary_together(*arguments)
+    axis = jax.lax.axis_index(options.shard.axis)
+    return _manual_axes.vary_together(*arguments, axis)[:-1]
+
+
+def _alike(options: _Options, result: jax.Array) -> jax.Array:
+    """The result, which every shard of the items has, as one that does not vary over them."""
+    return result if options.shard is None else jax.lax.pmean(result, options.shard.axis)
+
+
+def _from_all(options: _Options, g: jax.Array) -> jax.Array:
+    """The cotangents of all shards' results, each of which depends on every shard's rows."""
+    return g if options.shard is None else jax.lax.psum(g, options.shard.axis)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -184,7 +217,7 @@ def _losses(options: _Options, *arguments: Any) -> jax.Array:
 
 def _losses_forward(options: _Options, *arguments: Any) -> tuple[jax.Array, Any]:
     def compute(tiling: Tiling, *arguments: Any) -> tuple[jax.Array, jax.Array]:
-        problem = _catalogue_loss.clean(*arguments)
+        problem = _catalogue_loss.clean(*arguments, shard=options.shard)
         blocks = _two_pass_blocks(problem.hidden.shape[0], problem.table.shape[0], tiling)
         stats = _catalogue_loss.statistics(problem, blocks)
         lse = _catalogue_loss.log_sum_exp(stats)
@@ -196,13 +229,13 @@ def _losses_forward(options: _Options, *arguments: Any) -> tuple[jax.Array, Any]
 
 def _losses_backward(options: _Options, residuals: Any, g: jax.Array) -> tuple[Any, ...]:
     def compute(tiling: Tiling, lse: jax.Array, g: jax.Array, *arguments: Any) -> Gradients:
-        problem = _catalogue_loss.clean(*arguments)
+        problem = _catalogue_loss.clean(*arguments, shard=options.shard)
         blocks = _two_pass_blocks(problem.hidden.shape[0], problem.table.shape[0], tiling)
         g = jnp.where(problem.valid, g, jnp.float32(0))
         return _catalogue_loss.gradients(problem, lse, g, options.smoothing, blocks)
 
     arguments, lse = residuals
-    grads = _per_platform(options, compute, (lse, g, *arguments))
+    grads = _per_platform(options, compute, (lse, _from_all(options, g), *arguments))
     return _cotangents(_Arguments(*arguments), grads)
 
 
@@ -230,6 +263,8 @@ def mean_linear_cross_entropy(
     valid: Bool[Array, " positions"] | None = None,
     weights: Float[Array, " positions"] | None = None,
     label_smoothing: float = 0.0,
+    item_axis: str | None = None,
+    num_items: int | None = None,
     implementation: _dispatch.Implementation | None = None,
 ) -> Float[Array, ""]:
     """Weighted mean of `linear_cross_entropy` over the valid positions: the training loss.
@@ -249,6 +284,8 @@ def mean_linear_cross_entropy(
       weights: [P], float32 or bfloat16, not negative, by default all 1. They have a gradient, and a
         NaN loss stays NaN under weight 0: use `valid` to leave a position out.
       label_smoothing: as `linear_cross_entropy`.
+      item_axis: as `linear_cross_entropy`.
+      num_items: as `linear_cross_entropy`.
       implementation: as `linear_cross_entropy`.
 
     Returns:
@@ -284,13 +321,14 @@ def mean_linear_cross_entropy(
     _catalogue.check_shape(op, "weights", weights, (positions,))
     if positions == 0:
         return jnp.zeros((), jnp.float32)
-    smoothing = float(label_smoothing)
+    options = _options(
+        label_smoothing, _catalogue.make_shard(op, arguments.item_table, item_axis, num_items)
+    )
     affordable = min(_one_pass_positions(items, t) for t in (CPU_TILING, ACCELERATOR_TILING))
     if affordable < min(ONE_PASS_POSITIONS, positions):
         shares, _ = _shares(weights, arguments.valid)
-        return (shares * _per_position(arguments, smoothing)).sum()
-    options = _Options(smoothing, CPU_TILING, ACCELERATOR_TILING)
-    return _mean(options, *_manual_axes.vary_together(*arguments, weights))
+        return (shares * _per_position(arguments, options)).sum()
+    return _alike(options, _mean(options, *_together(options, *arguments, weights)))
 
 
 def _shares(weights: jax.Array, valid: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -311,7 +349,7 @@ def _mean(options: _Options, *operands: Any) -> jax.Array:
 def _mean_forward(options: _Options, *operands: Any) -> tuple[jax.Array, Any]:
     def compute(tiling: Tiling, *operands: Any) -> tuple[jax.Array, Gradients, jax.Array]:
         *arguments, weights = operands
-        problem = _catalogue_loss.clean(*arguments)
+        problem = _catalogue_loss.clean(*arguments, shard=options.shard)
         largest = _one_pass_positions(problem.table.shape[0], tiling)
         block = _catalogue.balanced(problem.hidden.shape[0], largest)
         shares, divisor = _shares(weights, problem.valid)
@@ -329,7 +367,8 @@ def _mean_forward(options: _Options, *operands: Any) -> tuple[jax.Array, Any]:
 def _mean_backward(options: _Options, residuals: Any, g: jax.Array) -> tuple[Any, ...]:
     operands, grads, d_weights = residuals
     *arguments, weights = operands
-    scaled = jax.tree.map(lambda x: g * x, grads)
+    total = _from_all(options, g)
+    scaled = jax.tree.map(lambda x: total * x, grads)
     d_weights = jnp.where(arguments[-1], g * d_weights, jnp.float32(0))
     return *_cotangents(_Arguments(*arguments), scaled), d_weights.astype(weights.dtype)
 

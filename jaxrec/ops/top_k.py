@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxrec.ops import _catalogue, _catalogue_top_k, _dispatch, _manual_axes
+from jaxrec.ops._catalogue import Shard
 
 _OP = "top_k_items"
 _NO_KERNEL = "there is no Pallas kernel for this op yet"
@@ -41,6 +42,8 @@ def top_k_items(
     allow: Bool[Array, " items"] | Int[Array, "rows allowed"] | None = None,
     deny: Bool[Array, " items"] | Int[Array, "rows denied"] | None = None,
     item_block: int | None = None,
+    item_axis: str | None = None,
+    num_items: int | None = None,
     implementation: _dispatch.Implementation | None = None,
 ) -> tuple[Float[Array, "rows k"], Int[Array, "rows k"]]:
     """The k items with the largest scores of each row, best first, never holding [rows, items].
@@ -61,6 +64,12 @@ def top_k_items(
       deny: bool [V], the items that nobody gets; or integers [B, A], as `exclude`.
       item_block: how many items are scored at once, by default what keeps a block of scores in
         16 MiB.
+      item_axis: inside `jax.shard_map`, the mesh axis that the rows of `item_table`, `bias` and
+        masks of items are split over. Ids, given and returned, are those of the whole catalogue,
+        and every shard returns the same. Each selects among its own rows; k scores and ids of each
+        shard and row are exchanged.
+      num_items: with `item_axis`, how many of the rows of all shards are items; those after them
+        are padding and never returned. By default all of them.
       implementation: "xla", "pallas", or None to let the op choose.
 
     Returns:
@@ -91,6 +100,9 @@ def top_k_items(
     batch, items = hidden.shape[0], item_table.shape[0]
     k = _positive(k, "k")
     column, drops, allowed = _filters(batch, items, bias, exclude, allow, deny)
+    shard = _catalogue.make_shard(_OP, item_table, item_axis, num_items)
+    if shard is not None:
+        column, drops, allowed = _own(shard, items, column, drops, allowed)
     options = _options(batch, items, k, item_block)
     _dispatch.choose(_OP, implementation, _unsupported(hidden, item_table, k))
     if batch == 0:
@@ -101,8 +113,49 @@ def top_k_items(
         gathered = max(1, allowed.shape[1] * hidden.shape[1])
         rows = _catalogue.balanced(batch, max(1, BLOCK_SCORES // gathered))
         options = options._replace(rows=rows)
-    return _best(
-        options, short, *_manual_axes.vary_together(hidden, item_table, column, drops, allowed)
+    operands = (hidden, item_table, column, drops, allowed)
+    if shard is None:
+        return _best(options, short, *_manual_axes.vary_together(*operands))
+    operands = _manual_axes.vary_together(*operands, shard.first(items))[:-1]
+    return _of_all_shards(shard, items, *_best(options, short, *operands))
+
+
+def _own(
+    shard: Shard,
+    rows: int,
+    column: jax.Array | None,
+    drops: jax.Array | None,
+    allowed: jax.Array | None,
+) -> tuple[jax.Array | None, jax.Array | None, jax.Array | None]:
+    """The filters in terms of this shard's rows."""
+    real = shard.real(rows)
+    if real is not None:
+        column = jnp.zeros((rows,), jnp.float32) if column is None else column
+        column = jnp.where(real, column, jnp.float32(-jnp.inf))
+
+    def local(ids: jax.Array | None) -> jax.Array | None:
+        if ids is None:
+            return None
+        ids = ids - shard.first(rows)
+        return jnp.where((ids >= 0) & (ids < rows), ids, -1)
+
+    return column, local(drops), local(allowed)
+
+
+def _of_all_shards(
+    shard: Shard, rows: int, scores: jax.Array, ids: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """The best of every shard's best; shards in order, so equal scores stay in order of id."""
+    k = scores.shape[1]
+    ids = jnp.where(ids >= 0, ids + shard.first(rows), -1)
+    scores, ids = (jax.lax.all_gather(x, shard.axis, axis=1, tiled=True) for x in (scores, ids))
+    scores, where = jax.lax.top_k(scores, k)
+    ids = jnp.take_along_axis(ids, where, 1)
+    # All shards hold the same now; the sum of one of them is known to.
+    one = jax.lax.axis_index(shard.axis) == 0
+    return (
+        jax.lax.psum(jnp.where(one, scores, jnp.float32(0)), shard.axis),
+        jax.lax.psum(jnp.where(one, ids, 0), shard.axis),
     )
 
 
