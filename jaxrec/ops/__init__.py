@@ -7,6 +7,7 @@ from jaxrec.ops._attention_decode import (
 )
 from jaxrec.ops._attention_positions import segment_positions
 from jaxrec.ops.attention import causal_attention
+from jaxrec.ops.distance_bias import alibi_bias, alibi_slopes, t5_bias, t5_bucket
 from jaxrec.ops.dropout import dropout
 from jaxrec.ops.explain import explain
 from jaxrec.ops.linear_cross_entropy import linear_cross_entropy, mean_linear_cross_entropy
@@ -15,10 +16,13 @@ from jaxrec.ops.positional_kernel import (
     positional_kernel_attention,
     positional_mix,
 )
+from jaxrec.ops.rotary import rotary_embedding
 from jaxrec.ops.top_k import top_k_items
 
 __all__ = [
     "PositionalKernelState",
+    "alibi_bias",
+    "alibi_slopes",
     "causal_attention",
     "dropout",
     "explain",
@@ -29,6 +33,9 @@ __all__ = [
     "positional_kernel_prefill",
     "positional_kernel_step",
     "positional_mix",
+    "rotary_embedding",
     "segment_positions",
+    "t5_bias",
+    "t5_bucket",
     "top_k_items",
 ]

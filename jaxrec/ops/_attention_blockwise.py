@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxrec.ops import _attention_distance as _distance
 from jaxrec.ops._attention_dropout import keep_mask
 from jaxrec.ops._checks import statistics_dtype
 from jaxrec.ops._manual_axes import vary_together
@@ -70,7 +71,7 @@ def at(x: Array | None, i: Array) -> Any:
     return None if x is None else lax.dynamic_index_in_dim(x, i, 0, keepdims=False)
 
 
-def _add_at(x: Array, i: Array, delta: Array) -> Array:
+def add_at(x: Array, i: Array, delta: Array) -> Array:
     return lax.dynamic_update_index_in_dim(x, at(x, i) + delta, i, 0)
 
 
@@ -79,11 +80,34 @@ def zeros(shape: tuple[int, ...], dtype: Any, like: Array) -> Array:
     return vary_together(jnp.zeros(shape, dtype), like)[0]
 
 
-def _dot(subscripts: str, a: Array, b: Array) -> Array:
+def dot(subscripts: str, a: Array, b: Array) -> Array:
     return jnp.einsum(subscripts, a, b, preferred_element_type=statistics_dtype(a.dtype))
 
 
-def _logits(options: Any, tiling: Tiling, q_i: Array, k_j: Array, i: Array, j: Array) -> Array:
+def _tile(options: Any, inputs: Any) -> Tiling:
+    batch, length = inputs.query.shape[:2]
+    valid = inputs.valid
+    if inputs.distance_bias is not None and valid is None:
+        valid = jnp.ones((batch, length), jnp.bool_)
+    return tile(length, valid, inputs.segment_ids, options.block)
+
+
+def _bias(inputs: Any, tiling: Tiling, dtype: Any) -> Array | None:
+    bias = inputs.distance_bias
+    if bias is None:
+        return None
+    return _distance.lag_values(bias.astype(dtype), tiling.size * tiling.blocks)
+
+
+def _logits(
+    options: Any,
+    tiling: Tiling,
+    bias: Array | None,
+    q_i: Array,
+    k_j: Array,
+    i: Array,
+    j: Array,
+) -> Array:
     offsets = jnp.arange(tiling.size)
     mask = visible(
         i * tiling.size + offsets,
@@ -92,7 +116,13 @@ def _logits(options: Any, tiling: Tiling, q_i: Array, k_j: Array, i: Array, j: A
         at(tiling.segments, i),
         at(tiling.segments, j),
     )
-    return masked_logits(_dot("bhid,bhjd->bhij", q_i, k_j) * options.scale, mask)
+    logits = dot("bhid,bhjd->bhij", q_i, k_j) * options.scale
+    if bias is not None:
+        logits = logits + _distance.tile(bias, tiling.size, i - j)[None]
+        # A bias that only invalid rows would meet is met by nobody, even if it is NaN; and rows
+        # behind the end, whose log-sum-exp is a made-up 0, must not meet a large one.
+        mask = mask & at(tiling.valid, i)[:, :, None]
+    return masked_logits(logits, mask)
 
 
 def _dropout_factor(
@@ -116,23 +146,24 @@ def forward(
     options: Any, inputs: Any
 ) -> tuple[Float[Array, "batch length heads value_dim"], Float[Array, "batch heads length"]]:
     batch, length, heads, _ = inputs.query.shape
-    tiling = tile(length, inputs.valid, inputs.segment_ids, options.block)
+    tiling = _tile(options, inputs)
     q, k, v = (cut_heads(x, tiling) for x in (inputs.query, inputs.key, inputs.value))
     stat = statistics_dtype(q.dtype)
+    bias = _bias(inputs, tiling, stat)
 
     def query_block(_: None, i: Array) -> tuple[None, tuple[Array, Array]]:
         q_i = at(q, i)
 
         def key_block(j: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
             top, total, acc = carry
-            logits = _logits(options, tiling, q_i, at(k, j), i, j)
+            logits = _logits(options, tiling, bias, q_i, at(k, j), i, j)
             new_top = jnp.maximum(top, logits.max(-1))
             weights = jnp.exp(logits - new_top[..., None])
             shrink = jnp.exp(top - new_top)
             total = total * shrink + weights.sum(-1)
             if options.dropout_rate:
                 weights *= _dropout_factor(options, inputs, tiling, i, j, stat)
-            update = _dot("bhij,bhje->bhie", weights.astype(v.dtype), at(v, j))
+            update = dot("bhij,bhje->bhie", weights.astype(v.dtype), at(v, j))
             return new_top, total, acc * shrink[..., None].astype(acc.dtype) + update
 
         rows = (batch, heads, tiling.size)
@@ -155,42 +186,53 @@ def backward(
     out: Float[Array, "batch length heads value_dim"],
     log_sum_exp: Float[Array, "batch heads length"],
     d_out: Float[Array, "batch length heads value_dim"],
-) -> tuple[Array, Array, Array]:
+) -> tuple[Array, Array, Array, Array | None]:
     length = inputs.query.shape[1]
-    tiling = tile(length, inputs.valid, inputs.segment_ids, options.block)
+    tiling = _tile(options, inputs)
     q, k, v, o, g = (
         cut_heads(x, tiling) for x in (inputs.query, inputs.key, inputs.value, out, d_out)
     )
     stat = log_sum_exp.dtype
     delta = (o.astype(stat) * g.astype(stat)).sum(-1)
     lse = cut_heads(jnp.swapaxes(log_sum_exp, 1, 2)[..., None], tiling)[..., 0]
+    bias = _bias(inputs, tiling, stat)
 
-    def key_block(d_query: Array, j: Array) -> tuple[Array, tuple[Array, Array]]:
+    def key_block(
+        carry: tuple[Array, Array | None], j: Array
+    ) -> tuple[tuple[Array, Array | None], tuple[Array, Array]]:
         k_j, v_j = at(k, j), at(v, j)
 
-        def query_block(i: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-            d_query, d_k, d_v = carry
+        def query_block(i: Array, carry: Any) -> Any:
+            d_query, d_bias, d_k, d_v = carry
             q_i, g_i = at(q, i), at(g, i)
-            weights = jnp.exp(_logits(options, tiling, q_i, k_j, i, j) - at(lse, i)[..., None])
-            d_weights = _dot("bhie,bhje->bhij", g_i, v_j).astype(stat)
+            logits = _logits(options, tiling, bias, q_i, k_j, i, j)
+            weights = jnp.exp(logits - at(lse, i)[..., None])
+            d_weights = dot("bhie,bhje->bhij", g_i, v_j).astype(stat)
             dropped = weights
             if options.dropout_rate:
                 factor = _dropout_factor(options, inputs, tiling, i, j, stat)
                 dropped, d_weights = weights * factor, d_weights * factor
-            d_logits = (weights * (d_weights - at(delta, i)[..., None])).astype(q.dtype)
-            d_query = _add_at(d_query, i, _dot("bhij,bhjd->bhid", d_logits, k_j))
-            d_k = d_k + _dot("bhij,bhid->bhjd", d_logits, q_i)
-            d_v = d_v + _dot("bhij,bhie->bhje", dropped.astype(v.dtype), g_i)
-            return d_query, d_k, d_v
+            d_logits = weights * (d_weights - at(delta, i)[..., None])
+            if d_bias is not None:
+                d_tile = _distance.sum_to_groups(d_logits, d_bias.shape[0])
+                d_bias = _distance.add_tile_gradient(d_bias, d_tile, i - j)
+            d_logits = d_logits.astype(q.dtype)
+            d_query = add_at(d_query, i, dot("bhij,bhjd->bhid", d_logits, k_j))
+            d_k = d_k + dot("bhij,bhid->bhjd", d_logits, q_i)
+            d_v = d_v + dot("bhij,bhie->bhje", dropped.astype(v.dtype), g_i)
+            return d_query, d_bias, d_k, d_v
 
         start = (
-            d_query,
+            *carry,
             zeros(k_j.shape, stat, q),
             zeros(v_j.shape, statistics_dtype(v.dtype), q),
         )
-        d_query, d_k, d_v = lax.fori_loop(j, tiling.last[j] + 1, query_block, start)
-        return d_query, ((d_k * options.scale).astype(k.dtype), d_v.astype(v.dtype))
+        *carry, d_k, d_v = lax.fori_loop(j, tiling.last[j] + 1, query_block, start)
+        return tuple(carry), ((d_k * options.scale).astype(k.dtype), d_v.astype(v.dtype))
 
-    dq, (dk, dv) = lax.scan(key_block, zeros(q.shape, stat, q), jnp.arange(tiling.blocks))
+    first = (zeros(q.shape, stat, q), None if bias is None else zeros(bias.shape, stat, q))
+    (dq, db), (dk, dv) = lax.scan(key_block, first, jnp.arange(tiling.blocks))
     dq = (dq * options.scale).astype(q.dtype)
-    return join_heads(dq, length), join_heads(dk, length), join_heads(dv, length)
+    if db is not None:
+        db = _distance.lag_values_gradient(db, length).astype(inputs.distance_bias.dtype)
+    return join_heads(dq, length), join_heads(dk, length), join_heads(dv, length), db

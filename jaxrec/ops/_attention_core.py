@@ -28,6 +28,7 @@ class Inputs(NamedTuple):
     valid: Bool[Array, "batch length"] | None
     segment_ids: Int[Array, "batch length"] | None
     seeds: UInt32[Array, "2"] | None
+    distance_bias: Float[Array, "groups length"] | None = None  # one for all heads, or one a head
 
 
 class Residuals(NamedTuple):
@@ -76,7 +77,7 @@ def _forward(options: Options, inputs: Inputs) -> tuple[Array, Residuals]:
 
 def _backward(options: Options, residuals: Residuals, d_out: Array) -> tuple[Inputs]:
     inputs = residuals.inputs
-    gradients = _form(options).backward(
+    *gradients, d_bias = _form(options).backward(
         options,
         _clean_inputs(inputs),
         residuals.out,
@@ -84,7 +85,7 @@ def _backward(options: Options, residuals: Residuals, d_out: Array) -> tuple[Inp
         clean(d_out, inputs.valid),
     )
     d_query, d_key, d_value = (clean(g, inputs.valid) for g in gradients)
-    return (Inputs(d_query, d_key, d_value, None, None, None),)
+    return (Inputs(d_query, d_key, d_value, None, None, None, d_bias),)
 
 
 _attend.defvjp(_forward, _backward)

@@ -64,6 +64,20 @@ def check_int_rows(op: str, name: str, x: Array | None, batch_length: tuple[int,
         raise ValueError(f"{op}: {name} must be integer, got {x.dtype.name}")
 
 
+def check_distance_bias(op: str, bias: Array | None, heads: int, length: int) -> Array | None:
+    """The bias with an axis for heads: one for all, or one a head."""
+    if bias is None:
+        return None
+    bias = jnp.asarray(bias)
+    if bias.shape not in ((length,), (heads, length)):
+        raise ValueError(
+            f"{op}: distance_bias must be [length] = [{length}] or [heads, length] = "
+            f"[{heads}, {length}], got shape {bias.shape}"
+        )
+    check_float(op, "distance_bias", bias)
+    return bias[None] if bias.ndim == 1 else bias
+
+
 def check_scale(op: str, scale: float | None, head_dim: int) -> float:
     if scale is None:
         return 1.0 / math.sqrt(head_dim)

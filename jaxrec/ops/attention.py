@@ -7,6 +7,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxrec.ops._attention_core import Inputs, Options, attend, block_for
 from jaxrec.ops._attention_dropout import dropout_seeds
 from jaxrec.ops._checks import (
+    check_distance_bias,
     check_dropout,
     check_int_rows,
     check_qkv,
@@ -25,6 +26,7 @@ def causal_attention(
     *,
     valid: Bool[Array, "batch length"] | None = None,
     segment_ids: Int[Array, "batch length"] | None = None,
+    distance_bias: Float[Array, "length"] | Float[Array, "heads length"] | None = None,
     scale: float | None = None,
     dropout_rate: float = 0.0,
     dropout_key: Any = None,
@@ -33,8 +35,8 @@ def causal_attention(
     """Softmax attention of each event over itself and the events before it.
 
     `out[i] = sum_j w[i, j] value[j] / sum_j w[i, j]` a head, with
-    `w[i, j] = exp(scale <query[i], key[j]>)` for the `j <= i` that are valid and share the segment
-    of `i`, and 0 for all others.
+    `w[i, j] = exp(scale <query[i], key[j]> + distance_bias[i - j])` for the `j <= i` that are valid
+    and share the segment of `i`, and 0 for all others.
 
     Args:
       query, key: `[batch, length, heads, head_dim]`, float32 or bfloat16.
@@ -42,7 +44,13 @@ def causal_attention(
       valid: `bool[batch, length]`, `False` for padding. Invalid slots are read by nobody, whatever
         they hold, NaN included; as queries they give zeros and zero gradients.
       segment_ids: `int[batch, length]`: several sequences in one row, each attending to itself.
-      scale: factor of the logits; `None` is `1 / sqrt(head_dim)`.
+      distance_bias: `[length]`, or `[heads, length]` with one row a head: added to the logits by
+        how many slots the key lies before the query (`t5_bias`, `alibi_bias`). Within a segment
+        without holes that is the distance of their positions. Its gradient is the sum of the
+        logits' gradients at each distance, over the batch, and over heads for the first form.
+        Entries that no valid pair of events meets are not read and get a zero gradient. `-inf`
+        shuts a distance out; the entry of distance 0 must be finite.
+      scale: factor of the products; `None` is `1 / sqrt(head_dim)`.
       dropout_rate: probability in [0, 1) that a weight is dropped; the others are divided by
         `1 - dropout_rate`, after the softmax.
       dropout_key: JAX random key, needed when the rate is positive. Which weight is dropped is a
@@ -62,7 +70,8 @@ def causal_attention(
     Cost: `2 n^2 (head_dim + value_dim)` FLOPs a head and sequence of length `n`, half of which
     causality saves, 2.5 times that for the gradient. Below length 1024 the weights of a row are
     formed, `[heads, n, n]` in float32; from there on memory is O(n) a row, and key blocks that
-    share no segment with a query block are skipped. Reverse mode only (no `jvp`).
+    share no segment with a query block are skipped. A bias of distances adds one pass over the
+    weights, and one more for its gradient. Reverse mode only (no `jvp`).
 
     Source: Vaswani et al., "Attention Is All You Need", 2017, equation 1, with a causal mask;
     blockwise form: Rabe and Staats, arXiv 2112.05682, and Dao, arXiv 2307.08691.
@@ -78,9 +87,10 @@ def causal_attention(
     check_qkv(op, query, key, value)
     check_valid(op, valid, query.shape[:2])
     check_int_rows(op, "segment_ids", segment_ids, query.shape[:2])
+    bias = check_distance_bias(op, distance_bias, query.shape[2], query.shape[1])
     scale = check_scale(op, scale, query.shape[3])
     rate = check_dropout(op, dropout_rate, dropout_key)
     choose(op, implementation, _NO_KERNEL)
     seeds = dropout_seeds(dropout_key) if rate else None
-    inputs = Inputs(query, key, value, valid, segment_ids, seeds)
+    inputs = Inputs(query, key, value, valid, segment_ids, seeds, bias)
     return attend(Options(scale, rate, block_for(query.shape[1])), inputs)

@@ -21,7 +21,26 @@ def weights_of(logits):
     return w / w.sum()
 
 
-def causal_attention(query, key, value, *, valid=None, segment_ids=None, scale=None, kept=None):
+def bias_at(distance_bias, head, distances):
+    """`distance_bias`: None, [length] or [heads, length]."""
+    if distance_bias is None:
+        return np.zeros(len(distances))
+    distance_bias = np.asarray(distance_bias, np.float64)
+    row = distance_bias if distance_bias.ndim == 1 else distance_bias[head]
+    return np.array([row[d] for d in distances])
+
+
+def causal_attention(
+    query,
+    key,
+    value,
+    *,
+    valid=None,
+    segment_ids=None,
+    scale=None,
+    kept=None,
+    distance_bias=None,
+):
     """`kept[b, h, i, j]`: by what dropout multiplies each weight, 0 or 1 / (1 - rate)."""
     query, key, value = (np.asarray(x, np.float64) for x in (query, key, value))
     batch, length, heads, width = query.shape
@@ -34,7 +53,8 @@ def causal_attention(query, key, value, *, valid=None, segment_ids=None, scale=N
                 seen = visible_keys(i, valid[b], segment_ids[b])
                 if not seen:
                     continue
-                w = weights_of(scale * key[b, seen, h] @ query[b, i, h])
+                bias = bias_at(distance_bias, h, [i - j for j in seen])
+                w = weights_of(scale * key[b, seen, h] @ query[b, i, h] + bias)
                 if kept is not None:
                     w = w * kept[b, h, i, seen]
                 out[b, i, h] = w @ value[b, seen, h]
@@ -42,21 +62,35 @@ def causal_attention(query, key, value, *, valid=None, segment_ids=None, scale=N
 
 
 def causal_attention_gradients(
-    query, key, value, d_out, *, valid=None, segment_ids=None, scale=None, kept=None
+    query,
+    key,
+    value,
+    d_out,
+    *,
+    valid=None,
+    segment_ids=None,
+    scale=None,
+    kept=None,
+    distance_bias=None,
 ):
-    """Gradients of `sum(out * d_out)`: `d logit_j = w_j (k_j <d_out, v_j> - <d_out, out>)`."""
+    """Gradients of `sum(out * d_out)`: `d logit_j = w_j (k_j <d_out, v_j> - <d_out, out>)`.
+
+    Of query, key and value, and of `distance_bias` where it is given.
+    """
     query, key, value, d_out = (np.asarray(x, np.float64) for x in (query, key, value, d_out))
     batch, length, heads, width = query.shape
     scale = width**-0.5 if scale is None else scale
     valid, segment_ids = row_masks((batch, length), valid, segment_ids)
     d_query, d_key, d_value = (np.zeros(x.shape) for x in (query, key, value))
+    d_bias = np.zeros((heads, length))
     for b in range(batch):
         for h in range(heads):
             for i in range(length):
                 seen = visible_keys(i, valid[b], segment_ids[b])
                 if not seen:
                     continue
-                w = weights_of(scale * key[b, seen, h] @ query[b, i, h])
+                bias = bias_at(distance_bias, h, [i - j for j in seen])
+                w = weights_of(scale * key[b, seen, h] @ query[b, i, h] + bias)
                 k = np.ones(len(seen)) if kept is None else kept[b, h, i, seen]
                 g = d_out[b, i, h]
                 d_weight = k * (value[b, seen, h] @ g)
@@ -64,7 +98,11 @@ def causal_attention_gradients(
                 d_query[b, i, h] = scale * d_logit @ key[b, seen, h]
                 d_key[b, seen, h] += scale * np.outer(d_logit, query[b, i, h])
                 d_value[b, seen, h] += np.outer(w * k, g)
-    return d_query, d_key, d_value
+                for j, d in zip(seen, d_logit, strict=True):
+                    d_bias[h, i - j] += d
+    if distance_bias is None:
+        return d_query, d_key, d_value
+    return d_query, d_key, d_value, d_bias if np.ndim(distance_bias) == 2 else d_bias.sum(0)
 
 
 def finite_differences(f, arrays, step=1e-6):
