@@ -197,9 +197,7 @@ def backward(
     lse = cut_heads(jnp.swapaxes(log_sum_exp, 1, 2)[..., None], tiling)[..., 0]
     bias = _bias(inputs, tiling, stat)
 
-    def key_block(
-        carry: tuple[Array, Array | None], j: Array
-    ) -> tuple[tuple[Array, Array | None], tuple[Array, Array]]:
+    def key_block(carry: Any, j: Array) -> Any:
         k_j, v_j = at(k, j), at(v, j)
 
         def query_block(i: Array, carry: Any) -> Any:
