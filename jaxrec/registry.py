@@ -19,6 +19,7 @@ _COMPONENTS: dict[str, dict[str, Any]] = {
     # A class with a `Config` attribute; called as cls(config, num_items=, max_length=, rngs=).
     "model": {
         "sasrec": "jaxrec.models.sasrec:SASRec",
+        "esasrec": "jaxrec.models.esasrec:ESASRec",
     },
     # A training objective: see jaxrec.losses.
     "loss": {

@@ -27,6 +27,8 @@ class Arguments:
     """Original id of a user of the data set."""
     history: str | None = None
     """Original item ids separated by commas, oldest first: for someone new."""
+    times: str | None = None
+    """With --history, for models that read time: seconds of its events, separated by commas."""
     all: bool = False
     """Every user of the data set, written to --out."""
     out: Path | None = None
@@ -54,6 +56,8 @@ def main(words: Sequence[str]) -> int:
         raise UserError("recommend --all: say where to with --out FILE.parquet")
     if arguments.out is not None and not arguments.all:
         raise UserError("recommend: --out goes with --all")
+    if arguments.times is not None and arguments.history is None:
+        raise UserError("recommend: --times goes with --history")
 
     from jaxrec.serving.run import load
 
@@ -66,6 +70,7 @@ def _one(run: "Run", arguments: Arguments) -> int:
     found = run.recommend(
         arguments.user,
         history=history,
+        times=None if arguments.times is None else _numbers(arguments.times),
         k=arguments.k,
         filter_seen=False if arguments.repeat else None,
         allow=None if arguments.allow is None else _ids(arguments.allow),
@@ -78,6 +83,15 @@ def _one(run: "Run", arguments: Arguments) -> int:
     whom = f"user {arguments.user}" if history is None else "this history"
     print_list(found, f"for {whom}", "score")
     return 0
+
+
+def _numbers(text: str) -> list[int]:
+    try:
+        return [int(word) for word in text.split(",")]
+    except ValueError:
+        raise UserError(
+            f"recommend: --times takes whole numbers separated by commas, got {text!r}"
+        ) from None
 
 
 def print_list(found: "Sequence[Recommendation]", title: str, measure: str) -> None:

@@ -77,6 +77,11 @@ class TrainingBatches:
       seed: of the shuffles.
       packed: several sequences a row, or one.
       count_from_newest: of the positions.
+      shards: the sequences of a batch are dealt to this many parts of equal shape, one after the
+        other along the first axis of every array; `slots` count within the part. For training on
+        several devices: the sequences of a batch are the same whatever the number.
+      timestamps: int64[events]; given, the batches hold `timestamps` too, [rows, length], in
+        seconds since each sequence's first event.
 
     Raises:
       UserError: no range has the two events that one training example needs.
@@ -94,6 +99,8 @@ class TrainingBatches:
         seed: int,
         packed: bool = True,
         count_from_newest: bool = False,
+        shards: int = 1,
+        timestamps: NDArray[np.int64] | None = None,
     ) -> None:
         enough = stops - starts >= 2
         # Inputs are all but the last event, so one event more than max_length is of use.
@@ -101,6 +108,7 @@ class TrainingBatches:
         if not len(sequences.starts):
             raise UserError("the training part has no user with two or more events")
         self._items = items
+        self._timestamps = timestamps
         self._starts = sequences.starts
         self._lengths = sequences.lengths - 1
         self.max_length = max_length
@@ -108,14 +116,25 @@ class TrainingBatches:
         self._epochs = epochs
         self._packed = packed
         self._count_from_newest = count_from_newest
+        self._shards = shards
         self.batches_per_epoch = math.ceil(len(self._starts) / batch_size)
         # Threads of the loader share one source: each keeps the epoch it is in.
         self._epoch_batches = lru_cache(maxsize=2)(self._deal)
-        self.rows, self.events_capacity = self._capacity()
+        self._shard_rows, self._shard_events = self._capacity()
 
     @property
     def sequences(self) -> int:
         return len(self._starts)
+
+    @property
+    def rows(self) -> int:
+        """Rows of a batch."""
+        return self._shard_rows * self._shards
+
+    @property
+    def events_capacity(self) -> int:
+        """Length of a batch's list of events."""
+        return self._shard_events * self._shards
 
     @property
     def events(self) -> int:
@@ -128,17 +147,23 @@ class TrainingBatches:
         return self.events / (self.rows * self.max_length * self.batches_per_epoch)
 
     def _capacity(self) -> tuple[int, int]:
-        """Rows and events that hold every batch of the first epochs, with a little to spare."""
+        """Rows and events of one part that hold every part of the first epochs, with a little to
+        spare."""
         rows = events = 0
         for epoch in range(math.ceil(_PROBED_BATCHES / self.batches_per_epoch)):
             for chosen in self._deal(epoch):
-                events = max(events, int(self._lengths[chosen].sum()))
-                rows = max(rows, self._place(chosen).rows)
+                for part in self._parts(chosen):
+                    events = max(events, int(self._lengths[part].sum()))
+                    rows = max(rows, self._place(part).rows)
         # An epoch further on may hold a batch that packs one row worse; another shape would be
         # compiled for it.
         spare = 1 if self._packed and self.batches_per_epoch > 1 else 0
-        largest = math.ceil(self.sequences / self.batches_per_epoch)
+        largest = math.ceil(self.sequences / self.batches_per_epoch / self._shards)
         return min(rows + spare, largest), _round_up(events + events // 64, 8)
+
+    def _parts(self, chosen: NDArray[np.int64]) -> list[NDArray[np.int64]]:
+        # Sequences come in the order of their strata of length, so every part gets all lengths.
+        return [chosen[part :: self._shards] for part in range(self._shards)]
 
     def _place(self, chosen: NDArray[np.int64]) -> Placement:
         if self._packed:
@@ -154,30 +179,49 @@ class TrainingBatches:
 
     def __getitem__(self, index: Any) -> dict[str, NDArray[Any]]:
         epoch, number = divmod(int(index), self.batches_per_epoch)
-        chosen = self._epoch_batches(epoch)[number]
+        parts = self._parts(self._epoch_batches(epoch)[number])
+        placements = [self._place(part) for part in parts]
+        # Where the spare is not enough the shapes grow by eighths: nothing is ever dropped.
+        rows = _grown(self._shard_rows, max(p.rows for p in placements))
+        most = max(int(self._lengths[part].sum()) for part in parts)
+        capacity = _grown(self._shard_events, most)
+        filled = [
+            self._fill(part, placement, rows, capacity)
+            for part, placement in zip(parts, placements, strict=True)
+        ]
+        if len(filled) == 1:
+            return filled[0]
+        return {name: np.concatenate([one[name] for one in filled]) for name in filled[0]}
+
+    def _fill(
+        self, chosen: NDArray[np.int64], placement: Placement, rows: int, capacity: int
+    ) -> dict[str, NDArray[Any]]:
         starts, lengths = self._starts[chosen], self._lengths[chosen]
-        placement = self._place(chosen)
         events = gather_index(starts, lengths)
-        rows, slot = fill(
+        filled, slot = fill(
             placement,
             lengths,
             self._items[events],
-            # Where the spare is not enough the shapes grow by eighths: nothing is ever dropped.
-            rows=_grown(self.rows, placement.rows),
+            rows=rows,
             capacity=self.max_length,
             count_from_newest=self._count_from_newest,
+            timestamps=None if self._timestamps is None else self._timestamps[events],
         )
-        capacity = _grown(self.events_capacity, len(events))
         slots = np.zeros(capacity, np.int32)
         slots[: len(events)] = slot
         targets = np.zeros(capacity, np.int32)
         targets[: len(events)] = self._items[events + 1]
         return {
-            **rows._asdict(),
+            **columns(filled),
             "slots": slots,
             "targets": targets,
             "target_valid": np.arange(capacity) < len(events),
         }
+
+
+def columns(rows: Rows) -> dict[str, NDArray[Any]]:
+    """The arrays that a model reads, by name."""
+    return {name: column for name, column in rows._asdict().items() if column is not None}
 
 
 def _round_up(value: int, unit: int) -> int:
@@ -200,12 +244,13 @@ def gather_index(starts: NDArray[np.int64], lengths: NDArray[np.integer]) -> NDA
 class ContextBatch(NamedTuple):
     """Sequences whose next item is asked for."""
 
-    rows: Rows
+    columns: dict[str, NDArray[Any]]
+    """What a model reads, by name; [rows, length] each."""
     last: NDArray[np.int32]
     """int32[users]: flat slot of each sequence's newest event."""
     which: NDArray[np.int64]
-    """int64[users]: which sequence each is, in the caller's order; fewer than `users` in the last
-    batch, whose other slots of `last` are 0."""
+    """int64[users]: which sequence each is, in the caller's order; -1 where a batch has fewer, and
+    0 in `last` there."""
 
 
 class ContextBatches:
@@ -215,7 +260,7 @@ class ContextBatches:
       items: int32[events].
       starts, stops: the contexts; none may be empty.
       batch_size: sequences a batch.
-      max_length, packed, count_from_newest: as in `TrainingBatches`.
+      max_length, packed, count_from_newest, shards, timestamps: as in `TrainingBatches`.
     """
 
     def __init__(
@@ -228,39 +273,66 @@ class ContextBatches:
         max_length: int,
         packed: bool = True,
         count_from_newest: bool = False,
+        shards: int = 1,
+        timestamps: NDArray[np.int64] | None = None,
     ) -> None:
         sequences = recent(starts, stops, max_length)
         if len(starts) and sequences.lengths.min() < 1:
             raise ValueError("every context needs at least one event")
         self._items = items
+        self._timestamps = timestamps
         self._starts, self._lengths = sequences.starts, sequences.lengths
         self._max_length = max_length
         self._count_from_newest = count_from_newest
-        self.batch_size = min(batch_size, max(1, len(starts)))
+        self._shards = shards
+        self._shard_size = math.ceil(min(batch_size, max(1, len(starts))) / shards)
+        self.batch_size = self._shard_size * shards
         count = math.ceil(len(starts) / self.batch_size)
-        self._chosen = (
-            stratified_batches(self._lengths, count, np.random.default_rng(0)) if count else []
-        )
+        dealt = stratified_batches(self._lengths, count, np.random.default_rng(0)) if count else []
+        self._parts = [[chosen[part::shards] for part in range(shards)] for chosen in dealt]
         self._placements = [
-            place(self._lengths[c], max_length) if packed else place_alone(len(c))
-            for c in self._chosen
+            [
+                place(self._lengths[part], max_length) if packed else place_alone(len(part))
+                for part in parts
+            ]
+            for parts in self._parts
         ]
-        self.rows = max((p.rows for p in self._placements), default=0)
+        self._shard_rows = max((p.rows for batch in self._placements for p in batch), default=0)
+
+    @property
+    def rows(self) -> int:
+        """Rows of a batch."""
+        return self._shard_rows * self._shards
 
     def __len__(self) -> int:
-        return len(self._chosen)
+        return len(self._parts)
 
     def __getitem__(self, number: int) -> ContextBatch:
-        chosen, placement = self._chosen[number], self._placements[number]
+        pairs = zip(self._parts[number], self._placements[number], strict=True)
+        filled = [self._fill(part, placement) for part, placement in pairs]
+        if len(filled) == 1:
+            return filled[0]
+        names = filled[0].columns
+        return ContextBatch(
+            {name: np.concatenate([one.columns[name] for one in filled]) for name in names},
+            np.concatenate([one.last for one in filled]),
+            np.concatenate([one.which for one in filled]),
+        )
+
+    def _fill(self, chosen: NDArray[np.int64], placement: Placement) -> ContextBatch:
         starts, lengths = self._starts[chosen], self._lengths[chosen]
+        events = gather_index(starts, lengths)
         rows, _ = fill(
             placement,
             lengths,
-            self._items[gather_index(starts, lengths)],
-            rows=self.rows,
+            self._items[events],
+            rows=self._shard_rows,
             capacity=self._max_length,
             count_from_newest=self._count_from_newest,
+            timestamps=None if self._timestamps is None else self._timestamps[events],
         )
-        last = np.zeros(self.batch_size, np.int32)
+        last = np.zeros(self._shard_size, np.int32)
         last[: len(chosen)] = placement.row * self._max_length + placement.offset + lengths - 1
-        return ContextBatch(rows, last, chosen)
+        which = np.full(self._shard_size, -1, np.int64)
+        which[: len(chosen)] = chosen
+        return ContextBatch(columns(rows), last, which)

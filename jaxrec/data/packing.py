@@ -27,6 +27,8 @@ class Rows(NamedTuple):
     valid: NDArray[np.bool_]
     segment_ids: NDArray[np.int32]
     positions: NDArray[np.int32]
+    timestamps: NDArray[np.int32] | None = None
+    """Seconds since the sequence's first event; only for models that read them."""
 
 
 def place(lengths: NDArray[np.integer], capacity: int) -> Placement:
@@ -94,6 +96,7 @@ def fill(
     rows: int,
     capacity: int,
     count_from_newest: bool = False,
+    timestamps: NDArray[np.integer] | None = None,
 ) -> tuple[Rows, NDArray[np.int64]]:
     """Writes the sequences into `rows` rows of `capacity` slots.
 
@@ -104,6 +107,7 @@ def fill(
       rows: at least `placement.rows`; the rest stays padding, so that shapes are static.
       capacity: slots of a row.
       count_from_newest: positions count back from the newest event instead of from the oldest.
+      timestamps: of every event, in the order of `items`; differences beyond int32 are clipped.
 
     Returns:
       The rows, and the flat slot of every event in the order of `items`.
@@ -123,5 +127,15 @@ def fill(
         valid=segment_ids > 0,
         segment_ids=segment_ids,
         positions=column(index),
+        timestamps=None if timestamps is None else column(_since_first(timestamps, lengths)),
     )
     return filled, slot
+
+
+def _since_first(
+    timestamps: NDArray[np.integer], lengths: NDArray[np.integer]
+) -> NDArray[np.int64]:
+    lengths = lengths.astype(np.int64)
+    first = np.repeat(timestamps[np.cumsum(lengths) - lengths], lengths)
+    limit = np.iinfo(np.int32)
+    return np.clip(timestamps.astype(np.int64) - first, limit.min, limit.max)

@@ -23,7 +23,8 @@ class Evaluator:
       ranker: the model.
       ks: cut-offs.
       filter_seen: leave out the items of each target's own history.
-      batch_size, max_length, packed, count_from_newest: see `Contexts`.
+      batch_size, max_length, packed, count_from_newest, shards, timestamps: see
+        `Contexts`.
     """
 
     def __init__(
@@ -38,6 +39,8 @@ class Evaluator:
         max_length: int,
         packed: bool,
         count_from_newest: bool,
+        shards: int = 1,
+        timestamps: NDArray[np.int64] | None = None,
     ) -> None:
         self.ks = ks
         self.num_items = interactions.num_items
@@ -52,6 +55,8 @@ class Evaluator:
             max_length=max_length,
             packed=packed,
             count_from_newest=count_from_newest,
+            shards=shards,
+            timestamps=timestamps,
         )
 
     def lists(

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from jaxrec import ops
 from jaxrec.data.batches import ContextBatches, gather_index
+from jaxrec.devices import BY_ITEM, BY_SEQUENCE, MODEL, Placement
 
 Parameters = dict[str, Array]
 
@@ -27,7 +28,8 @@ class Contexts:
       items: int32[events], flat item column that the ranges point into.
       starts, stops: int64[m], the ranges, each at least one event.
       batch_size: ranges ranked at once.
-      max_length, packed, count_from_newest: how the model reads sequences.
+      max_length, packed, count_from_newest, shards, timestamps: how the model reads sequences; see
+        `TrainingBatches`.
     """
 
     def __init__(
@@ -40,6 +42,8 @@ class Contexts:
         max_length: int,
         packed: bool = True,
         count_from_newest: bool = False,
+        shards: int = 1,
+        timestamps: NDArray[np.int64] | None = None,
     ) -> None:
         self.items = items
         self.starts, self.stops = np.asarray(starts), np.asarray(stops)
@@ -57,6 +61,8 @@ class Contexts:
                 max_length=max_length,
                 packed=packed,
                 count_from_newest=count_from_newest,
+                shards=shards,
+                timestamps=timestamps,
             )
             self._groups.append((chosen, max(1, width), batches))
 
@@ -64,24 +70,19 @@ class Contexts:
         return len(self.starts)
 
     def batches(self) -> Iterator[tuple[NDArray[np.int64], dict[str, Any], NDArray[np.int32]]]:
-        """Yields (which ranges, arrays for the model, seen items padded with -1)."""
+        """Yields (which ranges, -1 for none; arrays for the model; seen items padded with -1)."""
         for chosen, width, batches in self._groups:
             for number in range(len(batches)):
-                rows, last, within = batches[number]
-                which = chosen[within]
-                lengths = self.stops[which] - self.starts[which]
-                seen = np.full((batches.batch_size, width), -1, np.int32)
-                owners = np.repeat(np.arange(len(which)), lengths)
-                events = gather_index(self.starts[which], lengths)
-                seen[owners, events - self.starts[which][owners]] = self.items[events]
-                arrays = {
-                    "items": rows.items,
-                    "valid": rows.valid,
-                    "segment_ids": rows.segment_ids,
-                    "positions": rows.positions,
-                    "last": last,
-                }
-                yield which, arrays, seen
+                columns, last, within = batches[number]
+                used = np.flatnonzero(within >= 0)
+                which = np.full(len(within), -1, np.int64)
+                which[used] = chosen[within[used]]
+                starts, stops = self.starts[which[used]], self.stops[which[used]]
+                seen = np.full((len(within), width), -1, np.int32)
+                owners = np.repeat(np.arange(len(used)), stops - starts)
+                events = gather_index(starts, stops - starts)
+                seen[used[owners], events - starts[owners]] = self.items[events]
+                yield which, {**columns, "last": last}, seen
 
 
 class Ranker:
@@ -89,20 +90,36 @@ class Ranker:
 
     Args:
       bind: parameters -> model, as `jaxrec.models.binding.split_model` gives it.
+      placement: on several devices, what lies where; the parameters must lie so, and the contexts
+        have a shard for every part that sequences are split into.
     """
 
-    def __init__(self, bind: Callable[[Parameters], Any]) -> None:
-        self._states = jax.jit(partial(_states, bind))
-        self._top = jax.jit(partial(_top, bind), static_argnames="k")
+    def __init__(
+        self, bind: Callable[[Parameters], Any], placement: Placement | None = None
+    ) -> None:
+        self._placement = placement
+        states: Callable[..., Any] = partial(_states, bind)
+        top: Callable[..., Any] = partial(_top, bind)
+        if placement is not None:
+            states, top = _states_on_mesh(bind, placement), _top_on_mesh(bind, placement)
+        self._states = jax.jit(states)
+        self._top = jax.jit(top, static_argnames="k")
+
+    def _to_device(self, arrays: Any) -> Any:
+        return arrays if self._placement is None else self._placement.batch(arrays)
+
+    def _to_host(self, array: Array) -> NDArray[Any]:
+        return np.asarray(array) if self._placement is None else self._placement.to_host(array)
 
     def states(self, parameters: Parameters, contexts: Contexts) -> NDArray[np.float32]:
         """float32[m, width]: the state after each range's newest event."""
         result: NDArray[np.float32] | None = None
         for which, arrays, _ in contexts.batches():
-            states = np.asarray(self._states(parameters, arrays), np.float32)
+            states = self._to_host(self._states(parameters, self._to_device(arrays)))
             if result is None:
                 result = np.empty((len(contexts), states.shape[1]), np.float32)
-            result[which] = states[: len(which)]
+            used = which >= 0
+            result[which[used]] = states[used].astype(np.float32)
         return result if result is not None else np.empty((0, 0), np.float32)
 
     def lists(
@@ -130,20 +147,23 @@ class Ranker:
           Scores float32[m, k] and item indices int32[m, k], best first; -inf and -1 where there
           are fewer than `k` candidates. Ties go to the lower index.
         """
+        if self._placement is not None:
+            allow, deny = map(self._placement.item_mask, (allow, deny))
         scores = np.full((len(contexts), k), -np.inf, np.float32)
         lists = np.full((len(contexts), k), -1, np.int32)
 
         def collect(which: NDArray[np.int64], result: tuple[Array, Array]) -> None:
-            scores[which] = np.asarray(result[0])[: len(which)]
-            lists[which] = np.asarray(result[1])[: len(which)]
+            used = which >= 0
+            scores[which[used]] = self._to_host(result[0])[used]
+            lists[which[used]] = self._to_host(result[1])[used]
             if progress is not None:
-                progress(len(which))
+                progress(int(used.sum()))
 
         # The next batch is made while the device ranks this one.
         pending: tuple[NDArray[np.int64], tuple[Array, Array]] | None = None
         for which, arrays, seen in contexts.batches():
-            states = self._states(parameters, arrays)
-            exclude = seen if filter_seen else None
+            states = self._states(parameters, self._to_device(arrays))
+            exclude = self._to_device({"seen": seen})["seen"] if filter_seen else None
             result = self._top(parameters, states, exclude, allow, deny, k=k)
             if pending is not None:
                 collect(*pending)
@@ -154,12 +174,7 @@ class Ranker:
 
 
 def _states(bind: Callable[[Parameters], Any], parameters: Parameters, arrays: Any) -> Array:
-    hidden = bind(parameters).hidden(
-        arrays["items"],
-        valid=arrays["valid"],
-        segment_ids=arrays["segment_ids"],
-        positions=arrays["positions"],
-    )
+    hidden = bind(parameters).hidden(**{k: v for k, v in arrays.items() if k != "last"})
     return hidden.reshape(-1, hidden.shape[-1])[arrays["last"]]
 
 
@@ -173,12 +188,55 @@ def _top(
     *,
     k: int,
 ) -> tuple[Array, Array]:
-    table = bind(parameters).item_table()
+    return _top_of(bind(parameters), states, exclude, allow, deny, k=k)
+
+
+def _top_of(
+    model: Any,
+    states: Array,
+    exclude: Array | None,
+    allow: Array | None,
+    deny: Array | None,
+    **options: Any,
+) -> tuple[Array, Array]:
+    table = model.item_table()
     return ops.top_k_items(
         states.astype(jnp.promote_types(states.dtype, table.dtype)),
         table,
-        k,
         exclude=exclude,
         allow=allow,
         deny=deny,
+        **options,
     )
+
+
+def _states_on_mesh(bind: Callable[[Parameters], Any], placement: Placement) -> Callable[..., Any]:
+    def part(parameters: Parameters, arrays: Any) -> Array:
+        return _states(lambda parameters: _on_mesh(bind, parameters), parameters, arrays)
+
+    def whole(parameters: Parameters, arrays: Any) -> Any:
+        in_specs = (placement.specs(parameters), BY_SEQUENCE)
+        return placement.over_devices(part, in_specs, BY_SEQUENCE)(parameters, arrays)
+
+    return whole
+
+
+def _top_on_mesh(bind: Callable[[Parameters], Any], placement: Placement) -> Callable[..., Any]:
+    def whole(
+        parameters: Parameters, states: Array, exclude: Any, allow: Any, deny: Any, *, k: int
+    ) -> Any:
+        def part(parameters: Parameters, *arrays: Any) -> tuple[Array, Array]:
+            model, items = _on_mesh(bind, parameters), placement.num_items
+            return _top_of(model, *arrays, k=k, item_axis=MODEL, num_items=items)
+
+        specs = (placement.specs(parameters), BY_SEQUENCE, BY_SEQUENCE, BY_ITEM, BY_ITEM)
+        on_devices = placement.over_devices(part, specs, BY_SEQUENCE)
+        return on_devices(parameters, states, exclude, allow, deny)
+
+    return whole
+
+
+def _on_mesh(bind: Callable[[Parameters], Any], parameters: Parameters) -> Any:
+    model = bind(parameters)
+    model.item_axis = MODEL
+    return model

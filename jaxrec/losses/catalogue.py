@@ -13,6 +13,8 @@ def full_softmax(
     valid: Bool[Array, " positions"],
     *,
     label_smoothing: float = 0.0,
+    item_axis: str | None = None,
+    num_items: int | None = None,
 ) -> Float[Array, ""]:
     """Mean cross-entropy of the next item over all items, at the valid positions.
 
@@ -24,5 +26,11 @@ def full_softmax(
     lifts SASRec above BERT4Rec.
     """
     return ops.mean_linear_cross_entropy(
-        hidden, item_table, targets, valid=valid, label_smoothing=label_smoothing
+        hidden,
+        item_table,
+        targets,
+        valid=valid,
+        label_smoothing=label_smoothing,
+        item_axis=item_axis,
+        num_items=num_items,
     )

@@ -11,7 +11,10 @@ from jaxrec.ops import dropout
 
 
 class Linear(nnx.Module):
-    """y = x W + b with W ~ N(0, init_scale) and b = 0; parameters float32, output in x's dtype."""
+    """y = x W + b with W ~ N(0, init_scale) and b = 0; parameters float32, output in x's dtype.
+
+    With `uniform`, W is uniform with the same standard deviation instead.
+    """
 
     def __init__(
         self,
@@ -20,23 +23,32 @@ class Linear(nnx.Module):
         *,
         init_scale: float,
         use_bias: bool = True,
+        uniform: bool = False,
         rngs: nnx.Rngs,
     ) -> None:
         shape = (features_in, features_out)
-        self.kernel = nnx.Param(init_scale * jax.random.normal(rngs.params(), shape))
+        if uniform:
+            bound = init_scale * 3**0.5
+            kernel = jax.random.uniform(rngs.params(), shape, minval=-bound, maxval=bound)
+        else:
+            kernel = init_scale * jax.random.normal(rngs.params(), shape)
+        self.kernel = nnx.Param(kernel)
         self.bias = nnx.Param(jnp.zeros(features_out)) if use_bias else None
 
     def __call__(self, x: Array) -> Array:
         y = x @ self.kernel[...].astype(x.dtype)
-        return y if self.bias is None else y + self.bias[...].astype(x.dtype)[None, None]
+        return y if self.bias is None else y + _last(self.bias[...].astype(x.dtype), y)
 
 
 class LayerNorm(nnx.Module):
-    """Layer normalisation over the last axis; statistics in float32."""
+    """Layer normalisation over the last axis, with a learned scale and bias if `affine`.
 
-    def __init__(self, features: int, *, epsilon: float) -> None:
-        self.scale = nnx.Param(jnp.ones(features))
-        self.bias = nnx.Param(jnp.zeros(features))
+    Statistics are in float32.
+    """
+
+    def __init__(self, features: int, *, epsilon: float, affine: bool = True) -> None:
+        self.scale = nnx.Param(jnp.ones(features)) if affine else None
+        self.bias = nnx.Param(jnp.zeros(features)) if affine else None
         self.epsilon = epsilon
 
     def __call__(self, x: Array) -> Array:
@@ -44,7 +56,26 @@ class LayerNorm(nnx.Module):
         mean = y.mean(-1, keepdims=True)
         variance = jnp.square(y - mean).mean(-1, keepdims=True)
         y = (y - mean) * jax.lax.rsqrt(variance + self.epsilon)
-        return (y * self.scale[...][None, None] + self.bias[...][None, None]).astype(x.dtype)
+        if self.scale is not None and self.bias is not None:
+            y = y * _last(self.scale[...], y) + _last(self.bias[...], y)
+        return y.astype(x.dtype)
+
+
+def _last(vector: Array, like: Array) -> Array:
+    """A vector over the last axis with the rank of `like`: some users forbid rank promotion."""
+    return vector.reshape((1,) * (like.ndim - 1) + vector.shape)
+
+
+def unit_rows(x: Array) -> Array:
+    """x / |x| along the last axis, in x's dtype; a zero row stays zero, and so does its gradient.
+
+    Example:
+      >>> [round(float(v), 4) for v in unit_rows(jnp.array([3.0, 4.0]))]
+      [0.6, 0.8]
+    """
+    y = x.astype(jnp.float32)
+    squared = jnp.square(y).sum(-1, keepdims=True)
+    return (y * jax.lax.rsqrt(jnp.maximum(squared, 1e-12))).astype(x.dtype)
 
 
 class Keys:

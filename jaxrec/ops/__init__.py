@@ -17,6 +17,7 @@ from jaxrec.ops.positional_kernel import (
     positional_mix,
 )
 from jaxrec.ops.rotary import rotary_embedding
+from jaxrec.ops.take_rows import take_rows
 from jaxrec.ops.top_k import top_k_items
 
 __all__ = [
@@ -37,5 +38,6 @@ __all__ = [
     "segment_positions",
     "t5_bias",
     "t5_bucket",
+    "take_rows",
     "top_k_items",
 ]

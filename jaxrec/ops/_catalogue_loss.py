@@ -85,7 +85,8 @@ def clean(
     bias: jax.Array | None,
     labels: jax.Array,
     valid: jax.Array,
-    shard: Shard | None = None,
+    *,
+    shard: Shard | None,
 ) -> Problem:
     rows = table.shape[0]
     inside = (labels >= 0) & (labels < (rows if shard is None else shard.items))

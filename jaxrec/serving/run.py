@@ -25,7 +25,13 @@ from jaxrec.evaluation.results import describe_protocol, evaluate_lists
 from jaxrec.training.checkpoints import Checkpoints
 from jaxrec.training.config import Experiment
 from jaxrec.training.run_folder import RunFolder
-from jaxrec.training.setup import count_from_newest, make_model, open_data, split_data
+from jaxrec.training.setup import (
+    count_from_newest,
+    make_model,
+    open_data,
+    split_data,
+    timestamps,
+)
 
 
 class Recommendation(NamedTuple):
@@ -136,6 +142,7 @@ class Run:
         user: Id | None = None,
         *,
         history: Sequence[Id] | None = None,
+        times: Sequence[int] | None = None,
         k: int = 10,
         filter_seen: bool | None = None,
         allow: Iterable[Id] | None = None,
@@ -146,6 +153,8 @@ class Run:
         Args:
           user: original id (or its text) of a user; the whole history counts.
           history: original item ids, oldest first, instead of a user.
+          times: when the events of `history` happened, in seconds since any origin; for models
+            that read it.
           k: how many.
           filter_seen: leave out items of the history; by default as the run evaluates.
           allow: only these items (original ids).
@@ -155,21 +164,31 @@ class Run:
           Best first; fewer than `k` where fewer items are left.
 
         Raises:
-          UserError: neither or both of user and history, an unknown id, an empty history.
+          UserError: neither or both of user and history, an unknown id, an empty history, times
+            that are missing or do not fit.
         """
         if (user is None) == (history is None):
             raise UserError("recommend: give a user or a history, one of the two")
         if isinstance(history, str):
             raise UserError(f"recommend: history is a list of item ids, got the text {history!r}")
+        seconds: NDArray[np.int64] | None
         if history is not None:
             events = np.array([self._items.find(item) for item in history], np.int32)
+            seconds = self._seconds(times, len(events))
         else:
             assert user is not None
-            events = np.asarray(self.interactions.history(self.interactions.user_index(user)))
+            if times is not None:
+                raise UserError("recommend: times go with a history, not with a user")
+            data = self.interactions
+            index = data.user_index(user)
+            own = slice(int(data.offsets[index]), int(data.offsets[index + 1]))
+            events = np.asarray(data.items[own])
+            known = timestamps(self.config, data)
+            seconds = None if known is None else np.asarray(known[own])
         if not len(events):
             who = "the history" if user is None else f"the history of user {user!r}"
             raise UserError(f"recommend: {who} is empty; give at least one item")
-        contexts = self._contexts(events, np.array([0]), np.array([len(events)]), 1)
+        contexts = self._contexts(events, seconds, np.array([0]), np.array([len(events)]), 1)
         scores, lists = self._ranker.lists(
             self.parameters,
             contexts,
@@ -228,6 +247,7 @@ class Run:
             raise UserError(f"recommend: the history of user {user!r} is empty; leave them out")
         contexts = self._contexts(
             self.interactions.items,
+            timestamps(self.config, self.interactions),
             offsets[users],
             offsets[users + 1],
             self.config.evaluation.batch_size,
@@ -260,6 +280,7 @@ class Run:
             max_length=config.data.max_length,
             packed=config.data.packed,
             count_from_newest=count_from_newest(config),
+            timestamps=timestamps(config, self.interactions),
         )
         return evaluator.lists(self.parameters)
 
@@ -333,8 +354,31 @@ class Run:
                 temporary.unlink(missing_ok=True)
         return path
 
+    def _seconds(self, times: Sequence[int] | None, events: int) -> NDArray[np.int64] | None:
+        """The times of a history, if the model reads them."""
+        if not self.config.model.reads_timestamps:
+            return None
+        if times is None:
+            raise UserError("recommend: the model reads when events happened; give times as well")
+        try:
+            seconds = np.asarray(times, np.float64).astype(np.int64)
+        except (TypeError, ValueError, OverflowError):
+            raise UserError(f"recommend: times must be numbers of seconds, got {times!r}") from None
+        if seconds.shape != (events,):
+            raise UserError(
+                f"recommend: times must be one a history item ({events}), got {len(seconds)}"
+            )
+        if (np.diff(seconds) < 0).any():
+            raise UserError("recommend: times must not decrease; the history is oldest first")
+        return seconds
+
     def _contexts(
-        self, items: NDArray[np.int32], starts: Any, stops: Any, batch_size: int
+        self,
+        items: NDArray[np.int32],
+        seconds: NDArray[np.int64] | None,
+        starts: Any,
+        stops: Any,
+        batch_size: int,
     ) -> Contexts:
         return Contexts(
             items,
@@ -344,6 +388,7 @@ class Run:
             max_length=self.config.data.max_length,
             packed=self.config.data.packed,
             count_from_newest=count_from_newest(self.config),
+            timestamps=seconds,
         )
 
     def _filter_seen(self, asked: bool | None) -> bool:

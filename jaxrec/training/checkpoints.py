@@ -20,6 +20,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
+from jaxrec.devices import Placement
 from jaxrec.errors import UserError
 
 _KEPT_LATEST = 2
@@ -56,12 +57,22 @@ class Checkpoints:
       folder: where they are.
       metric: name of the validation metric that decides which is best.
       create: make the folder; False opens what is there to read.
+      placement: what lies where while training on several devices. A checkpoint itself knows
+        nothing of it, so another number of devices may continue.
     """
 
-    def __init__(self, folder: Path, metric: str, *, create: bool = False) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        metric: str,
+        *,
+        create: bool = False,
+        placement: Placement | None = None,
+    ) -> None:
         # Orbax tells every save and restore at this level; the loop has its own lines.
         logging.getLogger("absl").setLevel(logging.ERROR)
         self.folder = folder
+        self._placement = placement
         policy = checkpoint_managers.AnyPreservationPolicy(
             [
                 checkpoint_managers.LatestN(_KEPT_LATEST),
@@ -99,6 +110,8 @@ class Checkpoints:
         """Saves in the background; a step that is saved already is left alone."""
         if step in self._manager.all_steps():
             return
+        if self._placement is not None:
+            state = self._placement.take(state)
         self._manager.save(
             step,
             args=ocp.args.Composite(
@@ -140,7 +153,11 @@ class Checkpoints:
         return None
 
     def _restore(self, step: int, state: Any, iterator: Iterator[Any]) -> Restored:
-        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
+        placement = self._placement
+        if placement is None:
+            abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
+        else:
+            abstract = placement.stored(state)
         with _quiet_when_it_fails():
             restored = self._manager.restore(
                 step,
@@ -150,7 +167,8 @@ class Checkpoints:
                     loop=ocp.args.JsonRestore(),
                 ),
             )
-        return Restored(step, restored["state"], LoopState(**restored["loop"]))
+        state = restored["state"] if placement is None else placement.put(restored["state"])
+        return Restored(step, state, LoopState(**restored["loop"]))
 
     def forget_after(self, step: int) -> None:
         """Deletes the checkpoints after `step`, so that their steps can be saved again."""

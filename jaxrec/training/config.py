@@ -93,6 +93,16 @@ class TrainingConfig:
 
 
 @dataclass(frozen=True)
+class MeshConfig:
+    """How a run spreads over devices; 1 by 1 is one device."""
+
+    data: int = 1
+    """Devices that the sequences of a batch are split over; 0 for all that `model` leaves."""
+    model: int = 1
+    """Devices that the rows of the item table, and the scores of items, are split over."""
+
+
+@dataclass(frozen=True)
 class EvaluationConfig:
     """How ranked lists are made and judged."""
 
@@ -128,6 +138,7 @@ class Experiment:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
     published: dict[str, tuple[Published, ...]] = field(default_factory=dict)
     """By data set name."""
 
@@ -151,6 +162,7 @@ def check(config: Experiment) -> Experiment:
         "training.log_every": config.training.log_every,
         "evaluation.batch_size": config.evaluation.batch_size,
         "evaluation.resamples": config.evaluation.resamples,
+        "mesh.model": config.mesh.model,
         "optimizer.learning_rate": config.optimizer.learning_rate,
         "optimizer.eps": config.optimizer.eps,
         "optimizer.clip_norm": config.optimizer.clip_norm,
@@ -163,6 +175,7 @@ def check(config: Experiment) -> Experiment:
         "training.seed": config.training.seed,
         "training.checkpoint_every": config.training.checkpoint_every,
         "evaluation.validation_users": config.evaluation.validation_users,
+        "mesh.data": config.mesh.data,
         "optimizer.weight_decay": config.optimizer.weight_decay,
         "optimizer.warmup_steps": config.optimizer.warmup_steps,
     }

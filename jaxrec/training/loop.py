@@ -11,6 +11,7 @@ from typing import Any
 import jax
 
 from jaxrec.data.pipeline import training_iterator
+from jaxrec.devices import Placement
 from jaxrec.errors import UserError
 from jaxrec.evaluation.evaluator import Evaluator, sample_targets
 from jaxrec.evaluation.ranker import Ranker
@@ -28,8 +29,10 @@ from jaxrec.training.setup import (
     count_from_newest,
     located,
     make_model,
+    make_placement,
     open_data,
     split_data,
+    timestamps,
     training_batches,
 )
 from jaxrec.training.state import (
@@ -74,7 +77,9 @@ def train(
         summary_writer()
     interactions = open_data(config.data)
     split = split_data(config, interactions)
-    batches = training_batches(config, interactions, split)
+    placement = make_placement(config, interactions.num_items)
+    shards = 1 if placement is None else placement.data
+    batches = training_batches(config, interactions, split, shards=shards)
     folder = RunFolder(out)
     check_free(folder, config, interactions, overwrite=overwrite)
 
@@ -84,29 +89,35 @@ def train(
     loss = sequence_loss(
         resolve("loss", config.loss.name), label_smoothing=config.loss.label_smoothing
     )
-    step = make_train_step(bind, loss, optimizer, config.training.seed)
+    step = make_train_step(bind, loss, optimizer, config.training.seed, placement)
     state = initial_state(parameters, optimizer)
     iterator = training_iterator(batches, config.data.prefetch)
     validation = Evaluator(
         interactions,
         sample_targets(split.validation, config.evaluation.validation_users, config.training.seed),
-        Ranker(bind),
+        Ranker(bind, placement),
         ks=config.evaluation.ks,
         filter_seen=config.evaluation.filter_seen,
         batch_size=config.evaluation.batch_size,
         max_length=config.data.max_length,
         packed=config.data.packed,
         count_from_newest=count_from_newest(config),
+        shards=shards,
+        timestamps=timestamps(config, interactions),
     )
     with ExitStack() as stack:
         # Not before everything else is made: where that fails, no folder is left behind.
         stack.enter_context(alone_in(folder.path))
         begin(folder, config, interactions, split, overwrite=overwrite)
-        checkpoints = Checkpoints(folder.checkpoints, config.training.metric, create=True)
+        checkpoints = Checkpoints(
+            folder.checkpoints, config.training.metric, create=True, placement=placement
+        )
         stack.callback(checkpoints.close)
         report = stack.enter_context(reporter(show_progress))
         signals = stack.enter_context(SignalFlag())
         loop = LoopState(0, None, 0, 0, 0.0, 0, False)
+        if placement is not None:
+            state = placement.put(state)
         restored = checkpoints.restore_latest(state, iterator, report.line)
         if restored is not None:
             state, loop = restored.state, restored.loop
@@ -136,6 +147,7 @@ def train(
             events_per_step=batches.events / batches.batches_per_epoch,
             total_steps=total_steps,
             step=step,
+            placement=placement,
             iterator=iterator,
             validation=validation,
             checkpoints=checkpoints,
@@ -157,6 +169,7 @@ class _Loop:
         events_per_step: float,
         total_steps: int,
         step: Any,
+        placement: Placement | None,
         iterator: Iterator[dict[str, Any]],
         validation: Evaluator,
         checkpoints: Checkpoints,
@@ -169,6 +182,7 @@ class _Loop:
         self.events_per_step = events_per_step
         self.rate = learning_rate(config.optimizer, total_steps)
         self.step = step
+        self.to_device = (lambda batch: batch) if placement is None else placement.batch
         self.iterator = iterator
         self.validation = validation
         self.checkpoints = checkpoints
@@ -196,7 +210,7 @@ class _Loop:
         in_flight: deque[Any] = deque()
         point, point_step = start, done
         while done < end:
-            state, loss = self.step(state, next(self.iterator))
+            state, loss = self.step(state, self.to_device(next(self.iterator)))
             done += 1
             in_flight.append(loss)
             if len(in_flight) > _IN_FLIGHT:

@@ -7,13 +7,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from jax import Array
+from numpy.typing import NDArray
 
 from jaxrec.data.batches import TrainingBatches
 from jaxrec.data.paths import dataset_names
 from jaxrec.data.prepared import Interactions, open_prepared
 from jaxrec.data.splits import Split, make_split, resolve_split
+from jaxrec.devices import Placement, make_mesh
+from jaxrec.errors import UserError
 from jaxrec.models.binding import Parameters, build_model, split_model
+from jaxrec.registry import resolve
 from jaxrec.training.config import DataConfig, Experiment
 
 # The embedded default: made where it is first needed, without a network.
@@ -56,8 +61,25 @@ def count_from_newest(config: Experiment) -> bool:
     return getattr(config.model, "position_order", "oldest") == "newest"
 
 
+def timestamps(config: Experiment, interactions: Interactions) -> NDArray[np.int64] | None:
+    """int64[events] in seconds, if the model reads them.
+
+    Raises:
+      UserError: it does, and the data set has none.
+    """
+    if not config.model.reads_timestamps:
+        return None
+    if interactions.timestamps is None:
+        raise UserError(
+            f"{interactions.name} has no timestamps, which the model reads; choose another model, "
+            "or one without a bias by time (--model.bias position)"
+        )
+    ticks = interactions.ticks_per_second
+    return interactions.timestamps if ticks == 1 else interactions.timestamps // ticks
+
+
 def training_batches(
-    config: Experiment, interactions: Interactions, split: Split
+    config: Experiment, interactions: Interactions, split: Split, *, shards: int = 1
 ) -> TrainingBatches:
     return TrainingBatches(
         interactions.items,
@@ -69,7 +91,22 @@ def training_batches(
         seed=config.training.seed,
         packed=config.data.packed,
         count_from_newest=count_from_newest(config),
+        shards=shards,
+        timestamps=timestamps(config, interactions),
     )
+
+
+def make_placement(config: Experiment, num_items: int) -> Placement | None:
+    """What lies where on the devices that the config asks for; None for a single one.
+
+    Raises:
+      UserError: there are not as many devices.
+    """
+    mesh = make_mesh(config.mesh.data, config.mesh.model)
+    if mesh is None:
+        return None
+    by_item = getattr(resolve("model", config.model.type), "by_item", ())
+    return Placement(mesh, by_item, num_items)
 
 
 def make_model(

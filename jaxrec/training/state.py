@@ -6,6 +6,7 @@ is the guard against non-finite values, which freezes the state at the first bad
 where it was.
 """
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -13,6 +14,8 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
+
+from jaxrec.devices import BY_SEQUENCE, DATA, EVERYWHERE, MODEL, Placement
 
 Parameters = dict[str, Array]
 
@@ -72,6 +75,9 @@ def parameter_names(parameters: Parameters) -> Sequence[str]:
     return sorted(parameters)
 
 
+# What a batch holds besides the arrays that a model reads.
+_OF_THE_LOSS = ("slots", "targets", "target_valid")
+
 LossFunction = Callable[[Any, dict[str, Array], Array], Array]
 
 
@@ -80,6 +86,7 @@ def make_train_step(
     loss_function: LossFunction,
     optimizer: optax.GradientTransformation,
     seed: int,
+    placement: Placement | None = None,
 ) -> Callable[[TrainState, dict[str, Array]], tuple[TrainState, Array]]:
     """Builds the jitted, donating step: (state, batch) -> (state, loss of the batch).
 
@@ -88,13 +95,15 @@ def make_train_step(
       loss_function: (model, batch, dropout key) -> scalar loss.
       optimizer: applied to the gradients.
       seed: dropout keys are folded from it and the step's number, so a resumed run draws the same.
+      placement: on several devices; the state and the batches must lie as it says.
     """
+    loss_of = _loss_on_one(bind, loss_function)
+    if placement is not None:
+        loss_of = _loss_on_mesh(bind, loss_function, placement)
 
     def step(state: TrainState, batch: dict[str, Array]) -> tuple[TrainState, Array]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
-        loss, gradients = jax.value_and_grad(
-            lambda parameters: loss_function(bind(parameters), batch, key)
-        )(state.parameters)
+        loss, gradients = jax.value_and_grad(loss_of)(state.parameters, batch, key)
         names = parameter_names(gradients)
         finite = jnp.stack([jnp.isfinite(gradients[name]).all() for name in names])
         good = finite.all() & jnp.isfinite(loss)
@@ -126,18 +135,52 @@ def make_train_step(
     return jax.jit(step, donate_argnums=0)
 
 
+def _loss_on_one(
+    bind: Callable[[Parameters], Any], loss_function: LossFunction
+) -> Callable[[Parameters, dict[str, Array], Array], Array]:
+    return lambda parameters, batch, key: loss_function(bind(parameters), batch, key)
+
+
+def _loss_on_mesh(
+    bind: Callable[[Parameters], Any], loss_function: LossFunction, placement: Placement
+) -> Callable[[Parameters, dict[str, Array], Array], Array]:
+    """The mean over all devices' events; each device computes with what lies on it."""
+
+    def part(parameters: Parameters, batch: dict[str, Array], key: Array) -> Array:
+        model = bind(parameters)
+        model.item_axis = MODEL
+        # Dropout must differ between devices that hold different sequences.
+        key = jax.random.fold_in(key, jax.lax.axis_index(DATA))
+        events = batch["target_valid"].sum().astype(jnp.float32)
+        total = jax.lax.psum(loss_function(model, batch, key) * events, DATA)
+        return total / jnp.maximum(jax.lax.psum(events, DATA), 1.0)
+
+    def whole(parameters: Parameters, batch: dict[str, Array], key: Array) -> Array:
+        in_specs = (placement.specs(parameters), BY_SEQUENCE, EVERYWHERE)
+        loss: Array = placement.over_devices(part, in_specs, EVERYWHERE)(parameters, batch, key)
+        return loss
+
+    return whole
+
+
 def sequence_loss(loss: Callable[..., Array], **options: Any) -> LossFunction:
-    """A loss over [positions, width] states, applied to the real events of a batch of rows."""
+    """A loss over [positions, width] states, applied to the real events of a batch of rows.
+
+    Where the item table is split over devices, a loss that takes `item_axis` and `num_items` is
+    told so and gets its own rows; another gets the whole table.
+    """
+    wanted = inspect.signature(loss).parameters
 
     def function(model: Any, batch: dict[str, Array], key: Array) -> Array:
-        hidden = model.hidden(
-            batch["items"],
-            valid=batch["valid"],
-            segment_ids=batch["segment_ids"],
-            positions=batch["positions"],
-            key=key,
-        )
+        inputs = {name: array for name, array in batch.items() if name not in _OF_THE_LOSS}
+        hidden = model.hidden(**inputs, key=key)
         states = hidden.reshape(-1, hidden.shape[-1])[batch["slots"]]
-        return loss(states, model.item_table(), batch["targets"], batch["target_valid"], **options)
+        table, given = model.item_table(), dict(options)
+        axis = getattr(model, "item_axis", None)
+        if axis is not None and "item_axis" in wanted:
+            given |= {"item_axis": axis, "num_items": model.num_items}
+        elif axis is not None:
+            table = jax.lax.all_gather(table, axis, tiled=True)[: model.num_items]
+        return loss(states, table, batch["targets"], batch["target_valid"], **given)
 
     return function

@@ -128,7 +128,7 @@ TRAIN = {
         ["--training.epochs", "0", "good.py", "--out", "run"],
         "training.epochs must be positive, got 0",
     ),
-    "unknown choice": (["good.py", "--out", "run", "--model.position", "rope"], "model.position"),
+    "unknown choice": (["good.py", "--out", "run", "--model.position", "sideways"], "model.position"),
     "more than the memory": (
         ["good.py", "--out", "run", "--model.width", "100000000000"],
         "out of memory (",

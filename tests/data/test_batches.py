@@ -211,7 +211,7 @@ def test_a_batch_that_does_not_fit_grows_and_drops_nothing():
     lengths = random_lengths(4)
     wanted = make(lengths)
     tight = make(lengths)
-    tight.rows, tight.events_capacity = 1, 8
+    tight._shard_rows, tight._shard_events = 1, 8
     for number in range(wanted.batches_per_epoch):
         batch = tight[number]
         assert sorted(sequences_of(batch)) == sorted(sequences_of(wanted[number]))
@@ -273,19 +273,22 @@ def test_contexts_come_once_with_their_newest_event(lengths, packed, batch_size)
     seen = []
     for number in range(len(batches)):
         rows, last, which = batches[number]
-        assert rows.items.shape == (batches.rows, 6)
+        assert rows["items"].shape == (batches.rows, 6)
+        assert (which[which < 0] == -1).all()
+        assert not (which[:-1][np.diff(which < 0)] < 0).any()
+        which = which[which >= 0]
         assert last.shape == (batches.batch_size,)
         seen += which.tolist()
         assert not last[len(which) :].any()
         for at, user in zip(last, which, strict=False):
             row, column = divmod(int(at), 6)
-            own = rows.segment_ids[row] == rows.segment_ids[row, column]
+            own = rows["segment_ids"][row] == rows["segment_ids"][row, column]
             wanted = np.arange(max(starts[user], stops[user] - 6), stops[user])
-            np.testing.assert_array_equal(rows.items[row, own], wanted)
-            assert rows.items[row, column] == stops[user] - 1
-            assert rows.valid[row, column]
-            assert rows.positions[row, column] == len(wanted) - 1
-        assert rows.valid.sum() == np.minimum(np.array(lengths)[which], 6).sum()
+            np.testing.assert_array_equal(rows["items"][row, own], wanted)
+            assert rows["items"][row, column] == stops[user] - 1
+            assert rows["valid"][row, column]
+            assert rows["positions"][row, column] == len(wanted) - 1
+        assert rows["valid"].sum() == np.minimum(np.array(lengths)[which], 6).sum()
     assert sorted(seen) == list(range(len(lengths)))
 
 
@@ -294,8 +297,8 @@ def test_contexts_counted_from_the_newest():
     rows, last, _ = ContextBatches(
         items, starts, stops, batch_size=8, max_length=6, count_from_newest=True
     )[0]
-    assert rows.positions.reshape(-1)[last].tolist() == [0, 0]
-    assert sorted(rows.positions[rows.valid].tolist()) == [0, 0, 1, 1, 2, 3]
+    assert rows["positions"].reshape(-1)[last].tolist() == [0, 0]
+    assert sorted(rows["positions"][rows["valid"]].tolist()) == [0, 0, 1, 1, 2, 3]
 
 
 def test_no_context_at_all():
@@ -306,3 +309,57 @@ def test_no_context_at_all():
 def test_an_empty_context_is_refused():
     with pytest.raises(ValueError, match="at least one event"):
         ContextBatches(np.arange(3), np.array([0, 2]), np.array([2, 2]), batch_size=4, max_length=6)
+
+
+@pytest.mark.parametrize("shards", [2, 3])
+def test_shards_hold_the_same_sequences_in_parts_of_one_shape(shards):
+    lengths = random_lengths(3)
+    whole, split = make(lengths), make(lengths, shards=shards)
+    assert split.batches_per_epoch == whole.batches_per_epoch
+    for number in range(len(whole)):
+        batch = split[number]
+        rows, events = split.rows // shards, split.events_capacity // shards
+        parts = [
+            {
+                name: array[p * size : (p + 1) * size]
+                for name, array in batch.items()
+                for size in [events if name in ("slots", "targets", "target_valid") else rows]
+            }
+            for p in range(shards)
+        ]
+        found = [one for part in parts for one in sequences_of(part)]
+        wanted = sequences_of(whole[number])
+        assert sorted(map(str, found)) == sorted(map(str, wanted))
+        counts = [len(sequences_of(part)) for part in parts]
+        assert max(counts) - min(counts) <= 1
+        assert sum(len(batch[name]) for name in ("slots",)) == split.events_capacity
+
+
+@pytest.mark.parametrize("shards", [2, 3])
+def test_contexts_in_shards_come_once(shards):
+    starts, stops, items = ranges([4, 2, 9, 1, 3, 3, 5])
+    batches = ContextBatches(items, starts, stops, batch_size=4, max_length=6, shards=shards)
+    seen = []
+    for number in range(len(batches)):
+        columns, last, which = batches[number]
+        size = len(which) // shards
+        rows = batches.rows // shards
+        for part in range(shards):
+            own = columns["items"][part * rows : (part + 1) * rows].reshape(-1)
+            for at, user in zip(
+                last[part * size :][:size], which[part * size :][:size], strict=True
+            ):
+                if user >= 0:
+                    assert own[at] == stops[user] - 1
+                    seen.append(user)
+    assert sorted(seen) == list(range(7))
+
+
+def test_times_of_the_inputs_are_in_the_batch():
+    batch = make([6, 4, 9], timestamps=np.arange(40) * 10)[0]
+    assert batch["timestamps"].dtype == np.int32
+    for inputs, _ in sequences_of(batch):
+        row, first = np.argwhere(batch["items"] == inputs[0])[0]
+        own = batch["timestamps"][row, first : first + len(inputs)]
+        assert own.tolist() == [10 * i for i in range(len(inputs))]
+    assert "timestamps" not in make([6, 4, 9])[0]

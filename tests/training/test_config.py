@@ -165,7 +165,7 @@ def test_a_model_that_is_no_config_is_refused(model):
 
 
 def test_the_base_config_is_no_model():
-    with pytest.raises(UserError, match="unknown model ''; known: sasrec"):
+    with pytest.raises(UserError, match=r"unknown model ''; known: .*sasrec"):
         check(replace(Experiment(), model=ModelConfig()))
 
 
@@ -185,8 +185,8 @@ def test_the_base_config_is_no_model():
         ),
         ({"model": {"width": 8}}, "x.json: model must be a table of fields with a 'type'"),
         ({"model": "sasrec"}, "x.json: model must be a table of fields with a 'type'"),
-        ({"model": {"type": "gru"}}, "unknown model 'gru'; known: sasrec"),
-        ({"model": {"type": ["gru"]}}, "unknown model ['gru']; known: sasrec"),
+        ({"model": {"type": "gru"}}, "unknown model 'gru'; known: "),
+        ({"model": {"type": ["gru"]}}, "unknown model ['gru']; known: "),
         ({"data": []}, "x.json: data: "),
         ({"name": 3}, "x.json: name: "),
         ({"training": {"epochs": "3"}}, "x.json: training.epochs: "),

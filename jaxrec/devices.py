@@ -1,0 +1,153 @@
+"""Where the arrays of a run lie on several devices.
+
+The mesh has two axes: sequences are split over `data`, the rows of the item table (and of its
+optimiser's moments) over `model`; everything else is on every device.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from jaxrec.errors import UserError
+
+DATA, MODEL = "data", "model"
+EVERYWHERE = PartitionSpec()
+BY_SEQUENCE = PartitionSpec(DATA)
+BY_ITEM = PartitionSpec(MODEL)
+
+
+def make_mesh(data: int, model: int) -> Mesh | None:
+    """A mesh of `data` x `model` devices; None for a single one.
+
+    Args:
+      data: 0 for all that `model` leaves.
+      model: at least 1.
+
+    Raises:
+      UserError: there are not as many devices, or several processes leave some out.
+    """
+    devices = jax.device_count()
+    data = data or max(1, devices // model)
+    if data * model > devices:
+        raise UserError(
+            f"config: mesh.data x mesh.model is {data} x {model}, but there are {devices} devices"
+        )
+    if data * model == 1 and jax.process_count() == 1:
+        return None
+    if jax.process_count() > 1 and data * model < devices:
+        raise UserError(
+            f"config: several processes train on all of their devices: mesh.data x mesh.model must "
+            f"be {devices}, got {data} x {model}; mesh.data 0 takes all that mesh.model leaves"
+        )
+    return jax.make_mesh(
+        (data, model),
+        (DATA, MODEL),
+        axis_types=(AxisType.Auto,) * 2,
+        devices=jax.devices()[: data * model],
+    )
+
+
+class Placement:
+    """What lies where.
+
+    Args:
+      mesh: with the axes `data` and `model`; of devices, or of a topology that is compiled for.
+      by_item: names of the parameters whose rows are items.
+      num_items: items of the catalogue.
+    """
+
+    def __init__(self, mesh: Mesh, by_item: tuple[str, ...], num_items: int) -> None:
+        self.mesh = mesh
+        self.num_items = num_items
+        self._by_item = frozenset(by_item)
+        self.data, self.model = mesh.shape[DATA], mesh.shape[MODEL]
+        # Every device along `model` has the same number of rows; those past the last are padding.
+        self.rows = -(-num_items // self.model) * self.model
+        # Rows that the devices do not divide evenly can only lie on all of them.
+        self._cut_and_gather = jax.jit(self._cut, out_shardings=self.sharding(EVERYWHERE))
+
+    def specs(self, tree: Any) -> Any:
+        """The partition of every array of a train state or of parameters, by its name."""
+        return jax.tree_util.tree_map_with_path(lambda path, _: self._spec(path), tree)
+
+    def _spec(self, path: Any) -> PartitionSpec:
+        names = {getattr(entry, "key", None) for entry in path}
+        return BY_ITEM if names & self._by_item else EVERYWHERE
+
+    def shardings(self, tree: Any) -> Any:
+        """The sharding of every array once it is padded."""
+        return jax.tree.map(self.sharding, self.specs(tree))
+
+    def sharding(self, spec: PartitionSpec) -> NamedSharding:
+        return NamedSharding(self.mesh, spec)
+
+    def put(self, tree: Any) -> Any:
+        """A train state on the mesh, its item tables padded to a multiple of `model` rows."""
+        specs, padding = self.specs(tree), self.rows - self.num_items
+
+        def one(spec: PartitionSpec, array: Any) -> Array:
+            target = self.sharding(spec)
+            short = spec == BY_ITEM and array.shape[0] == self.num_items
+            if isinstance(array, Array) and array.sharding == target and not (short and padding):
+                return array
+            whole = np.asarray(array)
+            if short and padding:
+                whole = np.pad(whole, [(0, padding)] + [(0, 0)] * (whole.ndim - 1))
+            return jax.make_array_from_callback(whole.shape, target, lambda part: whole[part])
+
+        return jax.tree.map(one, specs, tree)
+
+    def take(self, tree: Any) -> Any:
+        """The inverse of `put` as far as shapes go: what a checkpoint holds on any mesh."""
+        if self.rows == self.num_items:
+            return tree
+        return self._cut_and_gather(tree)
+
+    def _cut(self, tree: Any) -> Any:
+        def one(spec: PartitionSpec, x: Array) -> Array:
+            # A copy, since the state is given away to the next step.
+            return x[: self.num_items] if spec == BY_ITEM else jnp.copy(x)
+
+        return jax.tree.map(one, self.specs(tree), tree)
+
+    def stored(self, tree: Any) -> Any:
+        """Shapes and shardings of what `take` gives, and `put` takes back."""
+        divides = self.rows == self.num_items
+
+        def one(spec: PartitionSpec, x: Array) -> jax.ShapeDtypeStruct:
+            by_item = spec == BY_ITEM
+            shape = (self.num_items, *x.shape[1:]) if by_item else x.shape
+            sharding = self.sharding(spec if divides or not by_item else EVERYWHERE)
+            return jax.ShapeDtypeStruct(shape, x.dtype, sharding=sharding)
+
+        return jax.tree.map(one, self.specs(tree), tree)
+
+    def batch(self, arrays: dict[str, Any]) -> dict[str, Array]:
+        """A batch on the mesh; the first axis of every array is split over `data`."""
+        target = self.sharding(BY_SEQUENCE)
+
+        def put(array: np.ndarray) -> Array:
+            return jax.make_array_from_callback(array.shape, target, lambda part: array[part])
+
+        return {name: put(array) for name, array in arrays.items()}
+
+    def item_mask(self, mask: np.ndarray | None) -> np.ndarray | None:
+        """bool[num_items] with False for the padding."""
+        return None if mask is None else np.pad(mask, (0, self.rows - self.num_items))
+
+    def over_devices(self, f: Callable[..., Any], in_specs: Any, out_specs: Any) -> Any:
+        """`f` on every device's part, all axes manual."""
+        return jax.shard_map(f, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs)
+
+    def to_host(self, array: Array) -> np.ndarray:
+        """All of an array, on every process."""
+        if array.is_fully_addressable:
+            return np.asarray(array)
+        from jax.experimental import multihost_utils
+
+        return np.asarray(multihost_utils.process_allgather(array, tiled=True))

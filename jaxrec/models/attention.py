@@ -1,0 +1,199 @@
+"""Self-attention of the softmax models, with a choice of how position enters."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+from jaxtyping import Bool, Float, Int
+
+from jaxrec import ops
+from jaxrec.models.config import PositionalKernelConfig, Structure, TransformerConfig
+from jaxrec.models.layers import Keys, Linear
+
+# T5's buckets: distances below 16 have one each, those from 128 on share the last.
+_T5_BUCKETS, _T5_MAX_DISTANCE = 32, 128
+# ALiBi's slope of the last head where the heads are a power of two.
+_ALIBI_LAST = 2.0**-8
+
+
+class PositionalKernel(nnx.Module):
+    """The two factors of a learned kernel over positions (`ops.positional_kernel_attention`)."""
+
+    def __init__(self, config: PositionalKernelConfig, *, heads: int, length: int) -> None:
+        def factor(structure: Structure) -> nnx.Param | None:
+            if structure == "identity":
+                return None
+            return nnx.Param(
+                ops.init_positional_kernel(
+                    structure,
+                    length,
+                    band=config.band if structure == "toeplitz" else None,
+                    heads=heads if config.per_head else None,
+                    init=config.init,
+                    power=config.power,
+                )
+            )
+
+        self.config = config
+        self.logits = factor(config.logits)
+        self.values = None if config.tie else factor(config.values)
+
+    def factors(self) -> tuple[Array | None, Array | None]:
+        """The learned arrays; None for an identity, and for a tied value factor."""
+        return (
+            None if self.logits is None else self.logits[...],
+            None if self.values is None else self.values[...],
+        )
+
+    def __call__(self, query: Array, key: Array, value: Array, **options: Any) -> Array:
+        logit_kernel, value_kernel = self.factors()
+        return ops.positional_kernel_attention(
+            query,
+            key,
+            value,
+            logit_kernel,
+            value_kernel,
+            structure=(self.config.logits, self.config.values),
+            tie=self.config.tie,
+            **options,
+        )
+
+
+class DistanceBias(nnx.Module):
+    """What is added to the logits of two events that are so far apart: T5's, ALiBi's, or a table.
+
+    T5 (Raffel et al. 2020): a learned table [buckets, heads] over logarithmic buckets of distance;
+    all blocks share it. Unlike in T5 itself the products keep their 1/sqrt(head_dim).
+    ALiBi (Press et al. 2022): -slope_h * distance, not learned. Relative: a learned entry a
+    distance, shared by the heads, as HSTU's position table has it.
+    """
+
+    def __init__(self, config: TransformerConfig, *, length: int, rngs: nnx.Rngs) -> None:
+        def table(*shape: int) -> nnx.Param:
+            return nnx.Param(config.init_scale * jax.random.normal(rngs.params(), shape))
+
+        self.config = config
+        self.table = {
+            "t5": lambda: table(_T5_BUCKETS, config.heads),
+            "relative": lambda: table(length),
+            "alibi": lambda: None,
+        }[config.position]()
+
+    def __call__(self, length: int) -> Float[Array, "..."]:
+        """`float32[length]` or `[heads, length]`, by distance."""
+        if self.table is None:
+            slope = self.config.alibi_slope
+            slopes = ops.alibi_slopes(self.config.heads)
+            slopes = slopes if slope is None else slopes * (slope / _ALIBI_LAST)
+            return ops.alibi_bias(slopes, length)
+        if self.config.position == "t5":
+            return ops.t5_bias(self.table[...], length, max_distance=_T5_MAX_DISTANCE)
+        return self.table[...][:length]
+
+
+class Positions(nnx.Module):
+    """How position enters the attention of one block; at most one of the two is there."""
+
+    def __init__(
+        self, *, kernel: PositionalKernel | None = None, bias: DistanceBias | None = None
+    ) -> None:
+        self.kernel = kernel
+        self.bias = bias
+
+
+def make_positions(
+    config: TransformerConfig, *, max_length: int, rngs: nnx.Rngs
+) -> list[Positions]:
+    """One for every block, sharing what the config says is shared."""
+
+    def one() -> Positions:
+        if "kernel" in config.position:
+            kernel = PositionalKernel(config.kernel, heads=config.heads, length=max_length)
+            return Positions(kernel=kernel)
+        if config.position in ("t5", "relative", "alibi"):
+            return Positions(bias=DistanceBias(config, length=max_length, rngs=rngs))
+        return Positions()
+
+    shared = config.kernel.shared if "kernel" in config.position else config.position == "t5"
+    count = 1 if shared else config.blocks
+    made = [one() for _ in range(count)]
+    return [made[i % count] for i in range(config.blocks)]
+
+
+class SelfAttention(nnx.Module):
+    """Queries, keys, values and output of a block's attention; the base of the blocks.
+
+    Args:
+      config: of the model.
+      positions: how position enters.
+      output: whether a linear layer follows.
+      rngs: initialises the parameters.
+    """
+
+    def __init__(
+        self, config: TransformerConfig, *, positions: Positions, output: bool, rngs: nnx.Rngs
+    ) -> None:
+        def linear() -> Linear:
+            return Linear(config.width, config.width, init_scale=config.init_scale, rngs=rngs)
+
+        self.config = config
+        self.query = linear()
+        self.key = linear()
+        self.value = linear()
+        self.output = linear() if output else None
+        self.kernel = positions.kernel
+        self.bias = positions.bias
+
+    def attend(
+        self,
+        query_input: Float[Array, "rows length width"],
+        key_input: Float[Array, "rows length width"],
+        keys: Keys,
+        *,
+        valid: Bool[Array, "rows length"],
+        segment_ids: Int[Array, "rows length"],
+        positions: Int[Array, "rows length"],
+    ) -> Float[Array, "rows length width"]:
+        """Attention of the events whose states are `query_input` over those of `key_input`."""
+        config = self.config
+        query, key, value = self.project(query_input, key_input)
+        dropout_key = keys.next() if config.dropout else None
+        options: dict[str, Any] = {
+            "valid": valid,
+            "segment_ids": segment_ids,
+            "dropout_rate": config.dropout if dropout_key is not None else 0.0,
+            "dropout_key": dropout_key,
+        }
+        length = query.shape[1]
+        if config.position == "rope":
+            # Logits depend on differences alone, and a sequence lies in one piece.
+            slots = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), query.shape[:2])
+            query, key = self.rotate(query, slots), self.rotate(key, slots)
+        if self.kernel is not None:
+            out = self.kernel(query, key, value, positions=positions, **options)
+        elif self.bias is not None:
+            out = ops.causal_attention(
+                query, key, value, distance_bias=self.bias(length), **options
+            )
+        else:
+            out = ops.causal_attention(query, key, value, **options)
+        return self.finish(out)
+
+    def project(self, query_input: Array, key_input: Array) -> tuple[Array, Array, Array]:
+        """[rows, length, heads, head_dim] of each."""
+        config = self.config
+        shape = (*query_input.shape[:2], config.heads, config.width // config.heads)
+        return (
+            self.query(query_input).reshape(shape),
+            self.key(key_input).reshape(shape),
+            self.value(key_input).reshape(shape),
+        )
+
+    def rotate(self, x: Array, positions: Array) -> Array:
+        return ops.rotary_embedding(x, positions, base=self.config.rope_base)
+
+    def finish(self, out: Array) -> Array:
+        out = out.reshape(*out.shape[:2], self.config.width)
+        return out if self.output is None else self.output(out)
