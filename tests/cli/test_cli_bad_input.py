@@ -128,9 +128,9 @@ TRAIN = {
         ["--training.epochs", "0", "good.py", "--out", "run"],
         "training.epochs must be positive, got 0",
     ),
-    "unknown choice": (["good.py", "--out", "run", "--model.position", "sideways"], "model.position"),
+    "unknown choice": (["good.py", "--out", "run", "--model.position", "up"], "model.position"),
     "more than the memory": (
-        ["good.py", "--out", "run", "--model.width", "100000000000"],
+        ["good.py", "--out", "run", "--model.width", "4000000000"],
         "out of memory (",
     ),
     "infinite rate": (
