@@ -130,7 +130,7 @@ TRAIN = {
     ),
     "unknown choice": (["good.py", "--out", "run", "--model.position", "up"], "model.position"),
     "more than the memory": (
-        ["good.py", "--out", "run", "--model.width", "4000000000"],
+        ["good.py", "--out", "run", "--model.width", "1000000000"],
         "out of memory (",
     ),
     "infinite rate": (
