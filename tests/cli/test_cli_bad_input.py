@@ -129,10 +129,6 @@ TRAIN = {
         "training.epochs must be positive, got 0",
     ),
     "unknown choice": (["good.py", "--out", "run", "--model.position", "up"], "model.position"),
-    "more than the memory": (
-        ["good.py", "--out", "run", "--model.width", "1000000000"],
-        "out of memory (",
-    ),
     "infinite rate": (
         ["good.py", "--out", "run", "--optimizer.learning-rate", "inf"],
         "optimizer.learning_rate",

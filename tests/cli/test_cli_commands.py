@@ -323,6 +323,20 @@ def test_a_signal_ends_with_its_code_and_one_line(capsys, monkeypatch, tmp_path)
     assert (tmp_path / "run" / "checkpoints" / "1").is_dir()
 
 
+def test_out_of_memory_is_one_line(capsys, monkeypatch):
+    config_file(Path("own.py"), small_config())
+
+    def make_train_step(*_):
+        raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 12 bytes.\nand so on")
+
+    monkeypatch.setattr(loop_module, "make_train_step", make_train_step)
+    captured = call(capsys, "train", "own.py", "--out", "run", "--quiet", code=2)
+    assert captured.err == (
+        "jaxrec: out of memory (RESOURCE_EXHAUSTED: Out of memory allocating 12 bytes.); smaller "
+        "batch_size, max_length or width need less\n"
+    )
+
+
 def test_a_loss_that_is_not_finite_is_one_line(capsys):
     config_file(Path("own.py"), small_config())
     words = ["train", "own.py", "--out", "run", "--quiet"]
