@@ -7,9 +7,11 @@ from jaxrec.ops._attention_decode import (
 )
 from jaxrec.ops._attention_positions import segment_positions
 from jaxrec.ops.attention import causal_attention
+from jaxrec.ops.cached_attention import cached_attention, cached_hstu_attention
 from jaxrec.ops.distance_bias import alibi_bias, alibi_slopes, t5_bias, t5_bucket
 from jaxrec.ops.dropout import dropout
 from jaxrec.ops.explain import explain
+from jaxrec.ops.hstu import hstu_attention
 from jaxrec.ops.linear_cross_entropy import linear_cross_entropy, mean_linear_cross_entropy
 from jaxrec.ops.positional_kernel import (
     init_positional_kernel,
@@ -24,9 +26,12 @@ __all__ = [
     "PositionalKernelState",
     "alibi_bias",
     "alibi_slopes",
+    "cached_attention",
+    "cached_hstu_attention",
     "causal_attention",
     "dropout",
     "explain",
+    "hstu_attention",
     "init_positional_kernel",
     "linear_cross_entropy",
     "mean_linear_cross_entropy",

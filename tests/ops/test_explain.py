@@ -17,8 +17,22 @@ KEY = jax.eval_shape(lambda: jax.random.key(0))
 
 # A call of every op of jaxrec.ops that computes something.
 CALLS = {
+    "cached_attention": (
+        (HEADS, HEADS, HEADS),
+        {"own_key": HEADS, "own_value": HEADS, "length": LABELS.update(shape=(2,))},
+    ),
+    "cached_hstu_attention": (
+        (HEADS, HEADS, HEADS),
+        {
+            "own_key": HEADS,
+            "own_value": HEADS,
+            "length": LABELS.update(shape=(2,)),
+            "normalizer": 6,
+        },
+    ),
     "causal_attention": ((HEADS, HEADS, HEADS), {}),
     "dropout": ((ROWS, 0.5), {"key": KEY}),
+    "hstu_attention": ((HEADS, HEADS, HEADS), {"normalizer": 6}),
     "linear_cross_entropy": ((ROWS, ROWS, LABELS), {}),
     "mean_linear_cross_entropy": (
         (ROWS, ROWS, LABELS),
