@@ -20,6 +20,7 @@ _COMPONENTS: dict[str, dict[str, Any]] = {
     "model": {
         "sasrec": "jaxrec.models.sasrec:SASRec",
         "esasrec": "jaxrec.models.esasrec:ESASRec",
+        "hstu": "jaxrec.models.hstu:HSTU",
     },
     # A training objective: see jaxrec.losses.
     "loss": {
