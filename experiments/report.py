@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any
 
 import tyro
@@ -58,6 +59,7 @@ def _section(dataset: str, results: list[dict[str, Any]]) -> str:
         test = result["metrics"]["test"]
         cells = [_with_interval(test, metric) for metric in METRICS]
         rows.append([f"{result['experiment']}, seed {result['seed']}", *cells])
+    rows += _means(results)
     baselines = results[0]["metrics"]["test"]
     for name, title in (("popularity", "popularity"), ("most_recent", "most recent")):
         if name in baselines:
@@ -75,7 +77,7 @@ def _section(dataset: str, results: list[dict[str, Any]]) -> str:
                     *(_number(published["metrics"].get(m)) for m in METRICS),
                 ]
             )
-    head = ["", *(m.upper() if m.startswith("hr") else m for m in METRICS)]
+    head = ["", *(m if m.startswith("coverage") else m.upper() for m in METRICS)]
     lines = [f"## {dataset}", "", _row(head), _row(["---"] * len(head))]
     lines += [_row(r) for r in rows]
     lines += ["", "Commands and conditions:", ""]
@@ -87,6 +89,21 @@ def _section(dataset: str, results: list[dict[str, Any]]) -> str:
             f"{result['device']}, JAX {versions['jax']}, data {result['data_hash'][:12]}"
         )
     return "\n".join(lines) + "\n"
+
+
+def _means(results: list[dict[str, Any]]) -> list[list[str]]:
+    """A row for every experiment with several seeds: mean and spread over them."""
+    rows = []
+    for name in dict.fromkeys(r["experiment"] for r in results):
+        tests = [r["metrics"]["test"] for r in results if r["experiment"] == name]
+        if len(tests) < 2:
+            continue
+        cells = []
+        for metric in METRICS:
+            values = [test[metric] for test in tests]
+            cells.append(f"{fmean(values):.4f} ± {stdev(values):.4f}")
+        rows.append([f"**{name}, mean of {len(tests)} seeds** ± standard deviation", *cells])
+    return rows
 
 
 def _with_interval(test: dict[str, Any], metric: str) -> str:
@@ -101,12 +118,15 @@ def _number(value: float | None) -> str:
 
 def _overrides(result: dict[str, Any]) -> str:
     """The options that turn the config file into what was trained."""
-    base = to_dict(load_config(ROOT / "experiments" / f"{result['experiment']}.py"))
+    config = load_config(ROOT / "experiments" / f"{result['experiment']}.py")
+    # As JSON, which the results file is: a tuple is a list there.
+    base = dict(_leaves(json.loads(json.dumps(to_dict(config)))))
     changes = []
     for name, value in _leaves(result["config"]):
-        same = value == dict(_leaves(base)).get(name, value)
+        same = value == base.get(name, value)
         if not same and name not in ("data.name", "model.type") and "published" not in name:
-            changes.append(f" --{name} {value}")
+            words = value if isinstance(value, list) else [value]
+            changes.append(f" --{name} {' '.join(map(str, words))}")
     return "".join(changes)
 
 
