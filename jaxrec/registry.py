@@ -24,7 +24,10 @@ _COMPONENTS: dict[str, dict[str, Any]] = {
     },
     # A training objective: see jaxrec.losses.
     "loss": {
+        "bce": "jaxrec.losses.sampled:bce",
         "full_softmax": "jaxrec.losses.catalogue:full_softmax",
+        "gbce": "jaxrec.losses.sampled:gbce",
+        "sampled_softmax": "jaxrec.losses.sampled:sampled_softmax",
     },
     # Interactions -> Split.
     "split": {

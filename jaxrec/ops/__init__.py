@@ -19,6 +19,8 @@ from jaxrec.ops.positional_kernel import (
     positional_mix,
 )
 from jaxrec.ops.rotary import rotary_embedding
+from jaxrec.ops.sample_items import sample_items
+from jaxrec.ops.sampled_loss import bce_loss, gbce_loss, sampled_softmax_loss
 from jaxrec.ops.take_rows import take_rows
 from jaxrec.ops.top_k import top_k_items
 
@@ -26,11 +28,13 @@ __all__ = [
     "PositionalKernelState",
     "alibi_bias",
     "alibi_slopes",
+    "bce_loss",
     "cached_attention",
     "cached_hstu_attention",
     "causal_attention",
     "dropout",
     "explain",
+    "gbce_loss",
     "hstu_attention",
     "init_positional_kernel",
     "linear_cross_entropy",
@@ -40,6 +44,8 @@ __all__ = [
     "positional_kernel_step",
     "positional_mix",
     "rotary_embedding",
+    "sample_items",
+    "sampled_softmax_loss",
     "segment_positions",
     "t5_bias",
     "t5_bucket",

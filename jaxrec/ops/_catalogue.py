@@ -94,6 +94,13 @@ def make_shard(op: str, table: Any, item_axis: str | None, num_items: int | None
     return Shard(item_axis, items)
 
 
+def ids_as_int32(ids: jax.Array) -> jax.Array:
+    """`ids` in int32; what int32 cannot hold becomes -1 instead of wrapping to another id."""
+    if jnp.iinfo(ids.dtype).max > jnp.iinfo(jnp.int32).max:
+        ids = jnp.where(ids > jnp.iinfo(jnp.int32).max, jnp.array(-1).astype(ids.dtype), ids)
+    return ids.astype(jnp.int32)
+
+
 class Rows(NamedTuple):
     """One block of consecutive rows, and which of them no earlier block held.
 

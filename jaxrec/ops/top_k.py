@@ -212,10 +212,7 @@ def _id_lists(name: str, ids: Any, batch: int) -> jax.Array:
         raise ValueError(
             f"{_OP}: {name} must have shape ({batch}, ids per row), got {ids.shape}{hint}"
         )
-    # Ids that int32 cannot hold must not wrap around to valid ones.
-    if jnp.iinfo(ids.dtype).max > jnp.iinfo(jnp.int32).max:
-        ids = jnp.where(ids > jnp.iinfo(jnp.int32).max, jnp.array(-1).astype(ids.dtype), ids)
-    return ids.astype(jnp.int32)
+    return _catalogue.ids_as_int32(ids)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0, 1))

@@ -47,7 +47,22 @@ class LossConfig:
     """The training objective."""
 
     name: str = "full_softmax"
+    """full_softmax, sampled_softmax, bce, gbce, or a registered loss."""
     label_smoothing: float = 0.0
+    """full_softmax: share of the target that is spread over all items."""
+    temperature: float = 1.0
+    """Scores are divided by it; with normalized vectors, 0.05 is usual."""
+    negatives: int | None = None
+    """Sampled losses: items drawn for each target; none for 1 with bce and 256 with the others."""
+    sharing: Literal["position", "batch"] = "position"
+    """Sampled losses: whether every position draws its own, or all of a batch use the same."""
+    avoid: Literal["nothing", "target", "sequence"] | None = None
+    """Sampled losses: which items are no negatives: the position's target, or every item of its
+    sequence; none for sequence with bce and nothing with the others."""
+    t: float = 0.75
+    """gbce: calibration, from 0 (plain BCE) to 1."""
+    correction: bool = False
+    """sampled_softmax: subtract the log of how often an item is expected among the negatives."""
 
 
 @dataclass(frozen=True)
@@ -166,6 +181,8 @@ def check(config: Experiment) -> Experiment:
         "optimizer.learning_rate": config.optimizer.learning_rate,
         "optimizer.eps": config.optimizer.eps,
         "optimizer.clip_norm": config.optimizer.clip_norm,
+        "loss.temperature": config.loss.temperature,
+        "loss.negatives": config.loss.negatives,
     }
     for name, value in positive.items():
         if value is not None and not value > 0:
@@ -198,6 +215,8 @@ def check(config: Experiment) -> Experiment:
     for name, value in below_one.items():
         if not 0 <= value < 1:
             raise UserError(f"config: {name} must be in [0, 1), got {value}")
+    if not 0 <= config.loss.t <= 1:
+        raise UserError(f"config: loss.t must be from 0 to 1, got {config.loss.t}")
     if config.training.seed >= 2**31:
         raise UserError(f"config: training.seed must be below 2^31, got {config.training.seed}")
     ks = config.evaluation.ks

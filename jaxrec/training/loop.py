@@ -15,7 +15,6 @@ from jaxrec.devices import Placement
 from jaxrec.errors import UserError
 from jaxrec.evaluation.evaluator import Evaluator, sample_targets
 from jaxrec.evaluation.ranker import Ranker
-from jaxrec.registry import resolve
 from jaxrec.training.checkpoints import Checkpoints, LoopState
 from jaxrec.training.config import Experiment, TrainingConfig, check
 from jaxrec.training.curves import Curves, summary_writer
@@ -28,6 +27,7 @@ from jaxrec.training.run_start import begin, check_free
 from jaxrec.training.setup import (
     count_from_newest,
     located,
+    make_loss,
     make_model,
     make_placement,
     open_data,
@@ -41,7 +41,6 @@ from jaxrec.training.state import (
     make_train_step,
     parameter_names,
     reset_sums,
-    sequence_loss,
 )
 
 # Steps sent to the device before the oldest must have ended: keeps it busy, bounds the memory.
@@ -75,6 +74,7 @@ def train(
     config = located(check(config))
     if config.training.tensorboard:
         summary_writer()
+    loss = make_loss(config.loss)
     interactions = open_data(config.data)
     split = split_data(config, interactions)
     placement = make_placement(config, interactions.num_items)
@@ -86,9 +86,6 @@ def train(
     parameters, bind = make_model(config, interactions.num_items)
     total_steps = len(batches)
     optimizer = make_optimizer(config.optimizer, total_steps)
-    loss = sequence_loss(
-        resolve("loss", config.loss.name), label_smoothing=config.loss.label_smoothing
-    )
     step = make_train_step(bind, loss, optimizer, config.training.seed, placement)
     state = initial_state(parameters, optimizer)
     iterator = training_iterator(batches, config.data.prefetch)

@@ -3,7 +3,7 @@
 import inspect
 import os
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,8 @@ from jaxrec.devices import Placement, make_mesh
 from jaxrec.errors import UserError
 from jaxrec.models.binding import Parameters, build_model, split_model
 from jaxrec.registry import resolve
-from jaxrec.training.config import DataConfig, Experiment
+from jaxrec.training.config import DataConfig, Experiment, LossConfig
+from jaxrec.training.state import LossFunction, sequence_loss
 
 # The embedded default: made where it is first needed, without a network.
 GENERATED = "generated"
@@ -120,3 +121,24 @@ def make_model(
         seed=config.training.seed,
     )
     return split_model(model)
+
+
+def make_loss(config: LossConfig) -> LossFunction:
+    """The loss that the config names, with those of the config's options that it has.
+
+    Raises:
+      UserError: an option was set that the loss does not have.
+    """
+    loss = resolve("loss", config.name)
+    options, defaults = asdict(config), asdict(LossConfig())
+    del options["name"]
+    known = inspect.signature(loss).parameters
+    for name, value in options.items():
+        if name not in known and value != defaults[name]:
+            has = ", ".join(option for option in options if option in known) or "none"
+            raise UserError(
+                f"config: loss.{name} does not apply to {config.name}; its options: {has}"
+            )
+    # None leaves an option to the loss, whose own default it then takes.
+    chosen = {k: v for k, v in options.items() if k in known and v is not None}
+    return sequence_loss(loss, **chosen)

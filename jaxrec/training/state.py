@@ -15,9 +15,13 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
+from jaxrec import ops
 from jaxrec.devices import BY_SEQUENCE, DATA, EVERYWHERE, MODEL, Placement
 
 Parameters = dict[str, Array]
+
+# Folded into the step's key for the loss; a model counts its own keys from 0.
+_LOSS_KEY = 0x10557
 
 
 class TrainState(NamedTuple):
@@ -166,6 +170,11 @@ def _loss_on_mesh(
 def sequence_loss(loss: Callable[..., Array], **options: Any) -> LossFunction:
     """A loss over [positions, width] states, applied to the real events of a batch of rows.
 
+    The loss is called as `loss(states, item_table, targets, valid, **options)`, and gets besides
+    what its signature names:
+      key: a random key of this step's own.
+      own_items: int32[positions, E], as `own_items` of this module.
+
     Where the item table is split over devices, a loss that takes `item_axis` and `num_items` is
     told so and gets its own rows; another gets the whole table.
     """
@@ -180,7 +189,31 @@ def sequence_loss(loss: Callable[..., Array], **options: Any) -> LossFunction:
         if axis is not None and "item_axis" in wanted:
             given |= {"item_axis": axis, "num_items": model.num_items}
         elif axis is not None:
-            table = jax.lax.all_gather(table, axis, tiled=True)[: model.num_items]
+            # Not an all_gather, after which every device's loss would count as its own.
+            every = jnp.arange(model.num_items, dtype=jnp.int32)
+            table = ops.take_rows(table, every, axis=axis)
+        if "key" in wanted:
+            given["key"] = jax.random.fold_in(key, _LOSS_KEY)
+        if "own_items" in wanted:
+            given["own_items"] = own_items(batch)
         return loss(states, table, batch["targets"], batch["target_valid"], **given)
 
     return function
+
+
+def own_items(batch: dict[str, Array]) -> Array:
+    """int32[positions, length + 1]: for every position, the items of its sequence; -1 is padding.
+
+    These are all events of the training range that the batch holds, the last target included,
+    before the position and after it. Meaningless where no target is valid.
+    """
+    items, segment_ids = batch["items"], batch["segment_ids"]
+    length = items.shape[1]
+    row = batch["slots"] // length
+    mine = segment_ids[row] == segment_ids.reshape(-1)[batch["slots"]][:, None]
+    # All targets but a sequence's last one are its items too.
+    slot = jnp.where(batch["target_valid"], batch["slots"], items.size)
+    following = jnp.zeros_like(items).reshape(-1).at[slot].set(batch["targets"], mode="drop")
+    last = jnp.where(mine, jnp.arange(length, dtype=jnp.int32)[None, :], 0).max(1)
+    final = following[row * length + last]
+    return jnp.concatenate([jnp.where(mine, items[row], -1), final[:, None]], 1)

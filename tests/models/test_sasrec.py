@@ -41,6 +41,7 @@ VARIANTS = {
     "a bias a distance": {"position": "relative", "heads": 2, "blocks": 2},
     "rope": {"position": "rope", "heads": 2, "rope_base": 30.0},
     "rope, from the newest": {"position": "rope", "position_order": "newest"},
+    "normalized": {"normalize": True},
     "toeplitz": kernel(),
     "toeplitz, band": kernel(band=3),
     "toeplitz, two heads": {"heads": 2, **kernel()},
@@ -166,6 +167,7 @@ def test_alone_equals_the_oracle_wherever_it_lies(name):
 DIFFERENTIATED = [
     "a bias a distance",
     "as in the paper",
+    "normalized",
     "toeplitz, a kernel a head",
     "newest, additive and full",
 ]

@@ -14,6 +14,10 @@ def layer_norm(x, scale, bias, epsilon):
     return (x - mean) / np.sqrt(variance + epsilon) * scale + bias
 
 
+def unit(x):
+    return x / np.linalg.norm(x, axis=-1, keepdims=True)
+
+
 def softmax(z):
     w = np.exp(z - z.max(-1, keepdims=True))
     return w / w.sum(-1, keepdims=True)
@@ -146,7 +150,7 @@ def hidden(parameters, items, config):
         inner = {"relu": lambda a: np.maximum(a, 0.0), "silu": lambda a: a / (1 + np.exp(-a))}
         inner = inner[config.activation](linear(f"{name}.expand", z))
         x = linear(f"{name}.contract", inner) + (z if original else y)
-    return norm("norm", x)
+    return unit(norm("norm", x)) if config.normalize else norm("norm", x)
 
 
 def mean_loss(parameters, sequences, config):
@@ -157,6 +161,7 @@ def mean_loss(parameters, sequences, config):
     """
     losses = []
     table = np.asarray(parameters["item_embedding"], np.float64)
+    table = unit(table) if config.normalize else table
     for sequence in sequences:
         states = hidden(parameters, sequence[:-1], config)
         chances = softmax(states @ table.T)

@@ -1,0 +1,168 @@
+"""Objectives over the target and negatives drawn anew in every step.
+
+All three draw uniformly from the catalogue with replacement and take the mean over valid positions.
+They share these arguments:
+
+- `key`: a random key; `own_items`: int32[positions, E], the items of each position's own sequence,
+  -1 where padding. Training hands both in.
+- `negatives`: how many.
+- `sharing`: "position", every position draws its own; "batch", all positions use the same.
+- `temperature`: scores are divided by it.
+- `avoid`: "nothing", a negative may be any item; "target", one equal to the position's target is
+  left out; "sequence", no negative is an item of the position's sequence. A position's own negative
+  that is one is drawn again, up to three times, and left out if it still is; of shared ones those
+  that are, are left out. The sequence is what the batch holds of the user's training events, the
+  most recent `data.max_length` + 1: older ones may be drawn.
+"""
+
+import math
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Bool, Float, Int
+
+from jaxrec import ops
+
+Sharing = Literal["position", "batch"]
+Avoid = Literal["nothing", "target", "sequence"]
+
+_REDRAWS = 3
+# Positions whose negatives are compared with their lists at once.
+_LOOKED_UP = 256
+
+
+def sampled_softmax(
+    hidden: Float[Array, "positions width"],
+    item_table: Float[Array, "items width"],
+    targets: Int[Array, " positions"],
+    valid: Bool[Array, " positions"],
+    *,
+    key: Array,
+    own_items: Int[Array, "positions own"],
+    negatives: int = 256,
+    sharing: Sharing = "position",
+    temperature: float = 1.0,
+    avoid: Avoid = "nothing",
+    correction: bool = False,
+) -> Float[Array, ""]:
+    """Mean cross-entropy of the next item among itself and its negatives.
+
+    mean_p [ log( exp z_p0 + sum_k exp z_pk ) - z_p0 ], by `ops.sampled_softmax_loss`.
+
+    With `correction`, log(negatives / items) is subtracted from the negatives' scores, so that
+    their sum estimates the one over the catalogue.
+
+    Source: Klenitskiy and Vasilev, "Turning dross into gold loss" (RecSys 2023); negatives of each
+    position's own as in Tikhonovich et al., "eSASRec" (RecSys 2025).
+    """
+    ids, options = _draw(key, item_table, targets, own_items, negatives, sharing, avoid)
+    if correction:
+        log_q = math.log(negatives / item_table.shape[0])
+        options["log_q"] = jnp.full(ids.shape, log_q, jnp.float32)
+    losses = ops.sampled_softmax_loss(
+        hidden, item_table, targets, ids, valid=valid, temperature=temperature, **options
+    )
+    return _mean(losses, valid)
+
+
+def bce(
+    hidden: Float[Array, "positions width"],
+    item_table: Float[Array, "items width"],
+    targets: Int[Array, " positions"],
+    valid: Bool[Array, " positions"],
+    *,
+    key: Array,
+    own_items: Int[Array, "positions own"],
+    negatives: int = 1,
+    sharing: Sharing = "position",
+    temperature: float = 1.0,
+    avoid: Avoid = "sequence",
+) -> Float[Array, ""]:
+    """Mean binary cross-entropy of the next item against its negatives: SASRec's own objective.
+
+    mean_p 1 / (k + 1) [ -log sigma(s_p0) - sum_k log(1 - sigma(s_pk)) ], by `ops.bce_loss`.
+
+    SASRec draws its one negative from the items outside the user's training part; see `avoid` for
+    how near this comes.
+
+    Source: Kang and McAuley, "Self-attentive sequential recommendation" (ICDM 2018), section III-E.
+    """
+    ids, options = _draw(key, item_table, targets, own_items, negatives, sharing, avoid)
+    losses = ops.bce_loss(
+        hidden, item_table, targets, ids, valid=valid, temperature=temperature, **options
+    )
+    return _mean(losses, valid)
+
+
+def gbce(
+    hidden: Float[Array, "positions width"],
+    item_table: Float[Array, "items width"],
+    targets: Int[Array, " positions"],
+    valid: Bool[Array, " positions"],
+    *,
+    key: Array,
+    own_items: Int[Array, "positions own"],
+    negatives: int = 256,
+    sharing: Sharing = "position",
+    temperature: float = 1.0,
+    avoid: Avoid = "nothing",
+    t: float = 0.75,
+) -> Float[Array, ""]:
+    """Mean generalised binary cross-entropy, which undoes the overconfidence of few negatives.
+
+    mean_p 1 / (k + 1) [ -beta log sigma(s_p0) - sum_k log(1 - sigma(s_pk)) ], by `ops.gbce_loss`,
+    with beta = 1 - t (1 - k / (items - 1)).
+
+    Source: Petrov and Macdonald, "gSASRec" (RecSys 2023).
+    """
+    ids, options = _draw(key, item_table, targets, own_items, negatives, sharing, avoid)
+    losses = ops.gbce_loss(
+        hidden, item_table, targets, ids, t=t, valid=valid, temperature=temperature, **options
+    )
+    return _mean(losses, valid)
+
+
+def _draw(
+    key: Array,
+    item_table: Array,
+    targets: Array,
+    own_items: Array,
+    negatives: int,
+    sharing: str,
+    avoid: str,
+) -> tuple[Array, dict[str, Any]]:
+    """Negatives, and the options that make an op leave out what it must."""
+    items = item_table.shape[0]
+    if sharing == "batch":
+        ids = ops.sample_items(key, items, (negatives,))
+        if avoid == "sequence":
+            return ids, {"exclude": own_items}
+        return ids, _masks(avoid)
+    shape = (targets.shape[0], negatives)
+    first, *others = jax.random.split(key, 1 + _REDRAWS)
+    ids = ops.sample_items(first, items, shape)
+    if avoid != "sequence":
+        return ids, _masks(avoid)
+    for again in others:
+        ids = jnp.where(_in_rows(own_items, ids), ops.sample_items(again, items, shape), ids)
+    return jnp.where(_in_rows(own_items, ids), -1, ids), {}
+
+
+def _masks(avoid: str) -> dict[str, Any]:
+    return {"mask_collisions": avoid == "target"}
+
+
+def _in_rows(lists: Array, ids: Array) -> Array:
+    """bool like `ids` [positions, k]: which of them are in their row of `lists` [positions, E]."""
+
+    def one(row: tuple[Array, Array]) -> Array:
+        return (row[1][:, None] == row[0][None, :]).any(-1)
+
+    # In blocks: [positions, k, E] may be large, and not every compiler fuses it away.
+    return jax.lax.map(one, (lists, ids), batch_size=_LOOKED_UP)
+
+
+def _mean(losses: Array, valid: Array) -> Array:
+    return losses.sum() / jnp.maximum(valid.sum(), 1).astype(losses.dtype)
