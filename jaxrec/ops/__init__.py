@@ -18,6 +18,7 @@ from jaxrec.ops.positional_kernel import (
     positional_kernel_attention,
     positional_mix,
 )
+from jaxrec.ops.ranks import ranking_metrics, target_ranks
 from jaxrec.ops.rotary import rotary_embedding
 from jaxrec.ops.sample_items import sample_items
 from jaxrec.ops.sampled_loss import bce_loss, gbce_loss, sampled_softmax_loss
@@ -43,6 +44,7 @@ __all__ = [
     "positional_kernel_prefill",
     "positional_kernel_step",
     "positional_mix",
+    "ranking_metrics",
     "rotary_embedding",
     "sample_items",
     "sampled_softmax_loss",
@@ -50,5 +52,6 @@ __all__ = [
     "t5_bias",
     "t5_bucket",
     "take_rows",
+    "target_ranks",
     "top_k_items",
 ]

@@ -40,9 +40,9 @@ def of_catalogue(
                 scores = scores + columns.take(column)[None, :]
             out = jnp.isnan(scores) | ~columns.fresh[None, :]
             if drop is not None:
-                out |= _members(drop, columns)
+                out |= members(drop, columns)
             if allow is not None:
-                out |= ~_members(allow, columns)
+                out |= ~members(allow, columns)
             return _merge(best, _candidates(scores, out), columns.start)
 
         best = _catalogue.over_rows(items, item_block, some_items, _nothing(h, k))
@@ -115,7 +115,7 @@ def _merge(best: Best, scores: jax.Array, ids: jax.Array) -> Best:
     return both, jnp.take_along_axis(jnp.concatenate([best[1], found], 1), where, 1)
 
 
-def _members(ids: jax.Array, columns: Rows) -> jax.Array:
+def members(ids: jax.Array, columns: Rows) -> jax.Array:
     """bool[rows, block]: which items of the block are in each row's list."""
     size = columns.size
     none = jnp.zeros_like(ids, shape=(ids.shape[0], size), dtype=jnp.bool_)
