@@ -31,6 +31,11 @@ class Arguments:
     """Cut-offs; the run's own by default."""
     checkpoint: str = "best"
     """best, last, or a step."""
+    baselines: tuple[Literal["popularity", "most_recent", "item_knn"], ...] = (
+        "popularity",
+        "most_recent",
+    )
+    """What the numbers stand beside."""
     ranked: Path | None = None
     """A CSV or Parquet file of ranked lists (user_id, item_id, rank) to judge instead."""
     data: str | None = None
@@ -61,7 +66,7 @@ def _run(arguments: Arguments) -> "Report":
 
     assert arguments.run is not None
     run = load(arguments.run, checkpoint=arguments.checkpoint)
-    return run.evaluate(arguments.part, ks=arguments.ks or None)
+    return run.evaluate(arguments.part, ks=arguments.ks or None, baselines=arguments.baselines)
 
 
 def _ranked(arguments: Arguments) -> "Report":
@@ -88,7 +93,9 @@ def _ranked(arguments: Arguments) -> "Report":
     part, by_user = arguments.part, True
     return compare(
         evaluate_ranked(arguments.ranked, data, split, part=part, ks=ks),
-        evaluate_baselines(data, split, part=part, ks=ks, by_user=by_user),
+        evaluate_baselines(
+            data, split, part=part, ks=ks, by_user=by_user, names=arguments.baselines
+        ),
         describe_protocol(data, split, part=part, filter_seen=None, by_user=by_user),
         name=arguments.ranked.name,
     )

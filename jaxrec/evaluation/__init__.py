@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from jaxrec.evaluation.ctr_metrics import auc as auc
     from jaxrec.evaluation.ctr_metrics import gauc as gauc
     from jaxrec.evaluation.ctr_metrics import log_loss as log_loss
+    from jaxrec.evaluation.item_neighbours import item_knn as item_knn
+    from jaxrec.evaluation.item_neighbours import item_similarities as item_similarities
     from jaxrec.evaluation.metrics import RelevantSets as RelevantSets
     from jaxrec.evaluation.metrics import coverage as coverage
     from jaxrec.evaluation.metrics import per_user as per_user
@@ -54,6 +56,8 @@ _LAZY: dict[str, str] = {
     "evaluate_lists": "jaxrec.evaluation.results",
     "evaluate_ranked": "jaxrec.evaluation.ranked_lists",
     "gauc": "jaxrec.evaluation.ctr_metrics",
+    "item_knn": "jaxrec.evaluation.item_neighbours",
+    "item_similarities": "jaxrec.evaluation.item_neighbours",
     "json_line": "jaxrec.evaluation.report",
     "log_loss": "jaxrec.evaluation.ctr_metrics",
     "most_recent": "jaxrec.evaluation.baselines",

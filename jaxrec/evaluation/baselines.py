@@ -144,7 +144,7 @@ def popularity(
     array([[ 2,  3, -1],
            [ 1,  2, -1]], dtype=int32)
     """
-    questions = _questions(interactions, split, part, by_user)
+    questions = questions_of(interactions, split, part, by_user)
     scores = popularity_scores(interactions, split)
     return _answer(interactions, questions, scores, k, filter_seen=filter_seen)
 
@@ -188,7 +188,7 @@ def most_recent(
     array([[4, 1, 0, 2],
            [3, 4, 0, 1]], dtype=int32)
     """
-    questions = _questions(interactions, split, part, by_user)
+    questions = questions_of(interactions, split, part, by_user)
     if interactions.timestamps is None and not filter_seen:
         scores = popularity_scores(interactions, split)
     else:
@@ -197,10 +197,24 @@ def most_recent(
     return _answer(interactions, questions, scores, k, filter_seen=filter_seen, first=first)
 
 
-BASELINES: dict[str, Callable[..., Lists]] = {
-    "popularity": popularity,
-    "most_recent": most_recent,
-}
+# In the order of `BASELINES`, what is shown unless others are asked for.
+DEFAULT_BASELINES = ("popularity", "most_recent")
+BASELINES = (*DEFAULT_BASELINES, "item_knn")
+
+
+def _ranking(name: str) -> Callable[..., Lists]:
+    if name == "item_knn":
+        # SciPy's sparse matrices are loaded for this one alone.
+        from jaxrec.evaluation.item_neighbours import item_knn
+
+        return item_knn
+    known: dict[str, Callable[..., Lists]] = {
+        "popularity": popularity,
+        "most_recent": most_recent,
+    }
+    if name not in known:
+        raise UserError(f"unknown baseline {name!r}; known: {', '.join(BASELINES)}")
+    return known[name]
 
 
 def evaluate_baselines(
@@ -211,19 +225,21 @@ def evaluate_baselines(
     ks: Sequence[int] = DEFAULT_KS,
     filter_seen: bool = True,
     by_user: bool = False,
+    names: Sequence[str] = DEFAULT_BASELINES,
 ) -> dict[str, Evaluation]:
-    """Evaluates every baseline on the questions that a model is evaluated on.
+    """Evaluates baselines on the questions that a model is evaluated on.
 
     Args:
       interactions, split, part, filter_seen, by_user: as in `popularity`.
       ks: cut-offs.
+      names: which, out of `BASELINES`.
 
     Returns:
-      `{"popularity": Evaluation, "most_recent": Evaluation}`. `most_recent` is missing where it
-      is not defined: repeats left out in a set without timestamps.
+      `{"popularity": Evaluation, "most_recent": Evaluation}`, or those named. `most_recent` is
+      missing where it is not defined: repeats left out in a set without timestamps.
 
     Raises:
-      UserError: as in `popularity`.
+      UserError: as in `popularity`; an unknown name.
 
     Cost: that of the baselines and of the metrics.
 
@@ -239,6 +255,7 @@ def evaluate_baselines(
     1.0
     """
     undefined = interactions.timestamps is None and filter_seen
+    rankings = {name: _ranking(name) for name in names}
     return {
         name: evaluate_lists(
             rank(
@@ -254,12 +271,12 @@ def evaluate_baselines(
             ks=ks,
             by_user=by_user,
         )
-        for name, rank in BASELINES.items()
+        for name, rank in rankings.items()
         if not (name == "most_recent" and undefined)
     }
 
 
-def _questions(interactions: Interactions, split: Split, part: str, by_user: bool) -> Questions:
+def questions_of(interactions: Interactions, split: Split, part: str, by_user: bool) -> Questions:
     ask = one_list_per_user if by_user else one_list_per_target
     return ask(interactions, targets_of(split, part))
 
@@ -288,18 +305,18 @@ def _answer(
         rows = block.rows.stop - block.rows.start
         items = interactions.items[block.events]
         if first is None:
-            lists[block.rows] = _first_not_in(order, place, block.owners, items, rows, k)
+            lists[block.rows] = first_not_in(order, place, block.owners, items, rows, k)
             continue
         own = first(block, items, order.size, k)
         owner, column = np.nonzero(own >= 0)
-        rest = _first_not_in(order, place, owner, own[owner, column], rows, k)
+        rest = first_not_in(order, place, owner, own[owner, column], rows, k)
         filled = (own >= 0).sum(axis=1)
         shift = np.maximum(np.arange(k) - filled[:, None], 0)
         lists[block.rows] = np.where(own >= 0, own, np.take_along_axis(rest, shift, axis=1))
     return lists
 
 
-def _first_not_in(
+def first_not_in(
     order: NDArray[np.int32],
     place: NDArray[np.int32],
     owners: NDArray[np.int64],

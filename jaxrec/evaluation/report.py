@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 _SAME_WITH_ONE_TARGET = ("recall", "precision", "map")
-_HEADINGS = {"popularity": "popularity", "most_recent": "most recent"}
+_HEADINGS = {"popularity": "popularity", "most_recent": "most recent", "item_knn": "item kNN"}
 
 
 @dataclass(frozen=True, eq=False)

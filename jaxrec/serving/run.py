@@ -17,7 +17,7 @@ from jaxrec.data.prepared import Interactions
 from jaxrec.data.splits import Split
 from jaxrec.errors import UserError
 from jaxrec.evaluation._questions import targets_of
-from jaxrec.evaluation.baselines import evaluate_baselines
+from jaxrec.evaluation.baselines import DEFAULT_BASELINES, evaluate_baselines
 from jaxrec.evaluation.evaluator import Evaluator
 from jaxrec.evaluation.ranker import Contexts, Ranker
 from jaxrec.evaluation.report import Report, compare
@@ -77,7 +77,7 @@ class Run:
         self.parameters = {name: jax.numpy.asarray(stored[name]) for name in fresh}
         self._ranker = Ranker(self._bind)
         self._data = data
-        self._reports: dict[tuple[str, tuple[int, ...]], Report] = {}
+        self._reports: dict[tuple[str, tuple[int, ...], tuple[str, ...]], Report] = {}
 
     def __repr__(self) -> str:
         return (
@@ -284,29 +284,43 @@ class Run:
         )
         return evaluator.lists(self.parameters)
 
-    def evaluate(self, part: str = "test", *, ks: tuple[int, ...] | None = None) -> Report:
+    def evaluate(
+        self,
+        part: str = "test",
+        *,
+        ks: tuple[int, ...] | None = None,
+        baselines: tuple[str, ...] = DEFAULT_BASELINES,
+    ) -> Report:
         """Full-catalogue metrics with bootstrap intervals, beside the baselines.
 
         Args:
           part: "test" or "validation".
           ks: cut-offs; the config's by default.
+          baselines: which, out of `evaluation.baselines.BASELINES`.
         """
         settings = self.config.evaluation
         cuts = tuple(ks or settings.ks)
-        if (part, cuts) in self._reports:
-            return self._reports[part, cuts]
+        if (part, cuts, baselines) in self._reports:
+            return self._reports[part, cuts, baselines]
         lists = self.lists(part, cuts)
         data, split = self.interactions, self.split
         report = compare(
             evaluate_lists(lists, data, targets_of(split, part), ks=cuts),
-            evaluate_baselines(data, split, part=part, ks=cuts, filter_seen=settings.filter_seen),
+            evaluate_baselines(
+                data,
+                split,
+                part=part,
+                ks=cuts,
+                filter_seen=settings.filter_seen,
+                names=baselines,
+            ),
             describe_protocol(data, split, part=part, filter_seen=settings.filter_seen),
             name=self.config.name,
             level=settings.level,
             resamples=settings.resamples,
             seed=self.config.training.seed,
         )
-        self._reports[part, cuts] = report
+        self._reports[part, cuts, baselines] = report
         return report
 
     def similar_items(self, item: Id, k: int = 10) -> list[Recommendation]:

@@ -47,6 +47,28 @@ def own_most_recent(scores, items, targets, k):
     return lists
 
 
+def item_similarities(items, train, num_items, neighbours, shrinkage):
+    users = [set() for _ in range(num_items)]
+    for user, (start, stop) in enumerate(zip(train.starts, train.stops, strict=True)):
+        for event in range(start, stop):
+            users[items[event]].add(user)
+    rows = []
+    for i in range(num_items):
+        row = [0.0] * num_items
+        for j in range(num_items):
+            common = len(users[i] & users[j])
+            if i != j and common:
+                row[j] = common / ((len(users[i]) * len(users[j])) ** 0.5 + shrinkage)
+        kept = by_score(row)[:neighbours]
+        rows.append([value if j in kept else 0.0 for j, value in enumerate(row)])
+    return rows
+
+
+def neighbour_scores(similarities, history):
+    """Of every item, for one history."""
+    return [sum(similarities[j][i] for j in set(history)) for i in range(len(similarities))]
+
+
 def seen_listed(lists, items, targets):
     total = 0
     for ranked, start, stop in zip(lists, targets.starts, targets.stops, strict=True):
