@@ -128,15 +128,7 @@ TRAIN = {
         ["--training.epochs", "0", "good.py", "--out", "run"],
         "training.epochs must be positive, got 0",
     ),
-<<<<<<< HEAD
     "unknown choice": (["good.py", "--out", "run", "--model.position", "up"], "model.position"),
-=======
-    "unknown choice": (["good.py", "--out", "run", "--model.position", "sideways"], "model.position"),
-    "more than the memory": (
-        ["good.py", "--out", "run", "--model.width", "100000000000"],
-        "out of memory (",
-    ),
->>>>>>> d5469f0 (Item-kNN baseline, shown where it is asked for)
     "infinite rate": (
         ["good.py", "--out", "run", "--optimizer.learning-rate", "inf"],
         "optimizer.learning_rate",

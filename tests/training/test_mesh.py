@@ -78,11 +78,7 @@ def test_a_run_goes_on_upon_another_mesh(tmp_path, alone):
 
 
 def test_too_few_devices_are_told(tmp_path):
-<<<<<<< HEAD
     with pytest.raises(UserError, match=r"is 4 x 4, but there are 8 devices"):
-=======
-    with pytest.raises(UserError, match=r"mesh.data x mesh.model is 4 x 4, but there are 8 devices"):
->>>>>>> d5469f0 (Item-kNN baseline, shown where it is asked for)
         train(config(4, 4), tmp_path / "run", show_progress=False)
     assert not (tmp_path / "run").exists()
 
