@@ -9,6 +9,7 @@ from jax import Array
 from jaxtyping import Bool, Float, Int
 
 from jaxrec import ops
+from jaxrec.models.cache import KeysAndValues, LayerCache, append, into_slots
 from jaxrec.models.config import PositionalKernelConfig, Structure, TransformerConfig
 from jaxrec.models.layers import Keys, Linear
 
@@ -59,6 +60,44 @@ class PositionalKernel(nnx.Module):
             tie=self.config.tie,
             **options,
         )
+
+    def prefill(
+        self, query: Array, key: Array, value: Array, *, valid: Array, capacity: int
+    ) -> tuple[Array, ops.PositionalKernelState]:
+        logit_kernel, value_kernel = self.factors()
+        return ops.positional_kernel_prefill(
+            query,
+            key,
+            value,
+            logit_kernel,
+            value_kernel,
+            structure=(self.config.logits, self.config.values),
+            tie=self.config.tie,
+            valid=valid,
+            capacity=capacity,
+        )
+
+    def extend(
+        self, state: ops.PositionalKernelState, query: Array, key: Array, value: Array
+    ) -> tuple[Array, ops.PositionalKernelState]:
+        logit_kernel, value_kernel = self.factors()
+
+        def step(
+            state: ops.PositionalKernelState, event: tuple[Array, ...]
+        ) -> tuple[ops.PositionalKernelState, Array]:
+            out, state = ops.positional_kernel_step(
+                state,
+                *(event[0], event[1], event[2]),
+                logit_kernel,
+                value_kernel,
+                structure=(self.config.logits, self.config.values),
+                tie=self.config.tie,
+            )
+            return state, out
+
+        events = tuple(jnp.swapaxes(x, 0, 1) for x in (query, key, value))
+        state, out = jax.lax.scan(step, state, events)
+        return jnp.swapaxes(out, 0, 1), state
 
 
 class DistanceBias(nnx.Module):
@@ -180,6 +219,56 @@ class SelfAttention(nnx.Module):
         else:
             out = ops.causal_attention(query, key, value, **options)
         return self.finish(out)
+
+    def prefill(
+        self,
+        query_input: Float[Array, "rows length width"],
+        key_input: Float[Array, "rows length width"],
+        *,
+        valid: Bool[Array, "rows length"],
+        capacity: int,
+    ) -> tuple[Float[Array, "rows length width"], LayerCache]:
+        """`attend` without dropout for one sequence a row, oldest event first, and its cache."""
+        query, key, value = self.project(query_input, key_input)
+        if self.kernel is not None:
+            out, state = self.kernel.prefill(query, key, value, valid=valid, capacity=capacity)
+            return self.finish(out), state
+        length = query.shape[1]
+        if self.config.position == "rope":
+            slots = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), query.shape[:2])
+            query, key = self.rotate(query, slots), self.rotate(key, slots)
+        bias = None if self.bias is None else self.bias(length)
+        out = ops.causal_attention(query, key, value, valid=valid, distance_bias=bias)
+        cache = KeysAndValues(into_slots(key, capacity), into_slots(value, capacity))
+        return self.finish(out), cache
+
+    def extend(
+        self,
+        query_input: Float[Array, "rows new width"],
+        key_input: Float[Array, "rows new width"],
+        cache: LayerCache,
+        length: Int[Array, " rows"],
+    ) -> tuple[Float[Array, "rows new width"], LayerCache]:
+        """`attend` for events that follow the `length` ones of the cache, and the longer cache."""
+        query, key, value = self.project(query_input, key_input)
+        if self.kernel is not None:
+            out, cache = self.kernel.extend(cache, query, key, value)
+            return self.finish(out), cache
+        if self.config.position == "rope":
+            slots = length[:, None] + jnp.arange(query.shape[1], dtype=jnp.int32)[None, :]
+            query, key = self.rotate(query, slots), self.rotate(key, slots)
+        bias = None if self.bias is None else self.bias(cache.key.shape[1])
+        out = ops.cached_attention(
+            query,
+            cache.key,
+            cache.value,
+            own_key=key,
+            own_value=value,
+            length=length,
+            distance_bias=bias,
+        )
+        longer = KeysAndValues(append(cache.key, key, length), append(cache.value, value, length))
+        return self.finish(out), longer
 
     def project(self, query_input: Array, key_input: Array) -> tuple[Array, Array, Array]:
         """[rows, length, heads, head_dim] of each."""

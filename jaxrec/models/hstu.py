@@ -9,6 +9,15 @@ from jax import Array
 from jaxtyping import Bool, Float, Int
 
 from jaxrec import ops
+from jaxrec.models.cache import (
+    Cache,
+    KeysAndValues,
+    Newest,
+    append,
+    check_capacity,
+    into_slots,
+    nan_where_full,
+)
 from jaxrec.models.config import HSTUConfig
 from jaxrec.models.layers import Keys, LayerNorm, Linear, maybe_dropout, unit_rows
 from jaxrec.models.sequence_model import SequenceModel, zero_padding
@@ -162,11 +171,124 @@ class HSTU(SequenceModel):
         """
         keys = Keys(key)
         x = self.embed(items, valid, positions, keys)
-        masks = {"valid": valid, "segment_ids": segment_ids}
-        if self.config.reads_timestamps:
-            if timestamps is None:
-                raise ValueError("HSTU with a bias by time needs timestamps")
-            masks["timestamps"] = timestamps
+        masks = {"valid": valid, "segment_ids": segment_ids, **self._times(timestamps)}
         for block in self.blocks:
             x = zero_padding(block(x, keys, **masks), valid)
+        return self.finish(x)
+
+    def prefill(
+        self,
+        items: Int[Array, "batch length"],
+        length: Int[Array, " batch"],
+        *,
+        timestamps: Int[Array, "batch length"] | None = None,
+        capacity: int | None = None,
+    ) -> tuple[Float[Array, "batch width"], Cache]:
+        """The state after the newest event of every user, and the cache that `extend` takes.
+
+        With a bias by time the newest event is kept beside the layers: it asks at the time of its
+        successor, so what it becomes is known when that one comes.
+
+        Args:
+          items: one user a row, oldest event first.
+          length: how many of a row's items there are, at least 1.
+          timestamps: seconds since one origin for all of a user's events, now and later.
+          capacity: the most events that a history can grow to; None for the model's max_length.
+
+        Raises:
+          ValueError: a capacity out of range; times that are missing.
+        """
+        capacity = check_capacity(items.shape[1], capacity, self.max_length)
+        positions = jnp.broadcast_to(jnp.arange(items.shape[1], dtype=jnp.int32), items.shape)
+        valid = positions < length[:, None]
+        keys = Keys(None)
+        masks: dict[str, Any] = {"valid": valid, **self._times(timestamps)}
+        x = self.embed(items, valid, positions, keys)
+        layers = []
+        for block in self.blocks:
+            gate, query, key, value = block.projections(x)
+            out = ops.hstu_attention(query, key, value, **block.attention_options(), **masks)
+            x = zero_padding(block.rest(x, gate, out, keys), valid)
+            layers.append(KeysAndValues(into_slots(key, capacity), into_slots(value, capacity)))
+        last = (length - 1)[:, None]
+        states = self.finish(jnp.take_along_axis(x, last[..., None], axis=1))[:, 0]
+        if timestamps is None or not self.config.reads_timestamps:
+            return states, Cache(tuple(layers), None, length, None)
+        newest = Newest(
+            jnp.take_along_axis(items, last, axis=1)[:, 0],
+            jnp.take_along_axis(timestamps, last, axis=1)[:, 0],
+        )
+        times = into_slots(timestamps, capacity)
+        return states, Cache(tuple(layers), times, length - 1, newest)
+
+    def extend(
+        self,
+        cache: Cache,
+        items: Int[Array, "batch new"],
+        *,
+        timestamps: Int[Array, "batch new"] | None = None,
+    ) -> tuple[Float[Array, "batch new width"], Cache]:
+        """The states after new events, equal to those of `hidden` on the longer sequences.
+
+        A user whose history outgrows the cache gets NaN from there on; `prefill` anew then.
+
+        Args:
+          cache: of the users' histories.
+          items: as many new events for every user, oldest first.
+          timestamps: of the new events, from the same origin as before.
+
+        Raises:
+          ValueError: times that are missing.
+        """
+        self._times(timestamps)
+        waiting = cache.newest is not None
+        if cache.newest is not None and timestamps is not None:
+            items = jnp.concatenate([cache.newest.item[:, None], items], axis=1)
+            before = cache.newest.timestamp.astype(timestamps.dtype)
+            timestamps = jnp.concatenate([before[:, None], timestamps], axis=1)
+        new = items.shape[1]
+        positions = cache.length[:, None] + jnp.arange(new, dtype=jnp.int32)[None, :]
+        keys = Keys(None)
+        x = self.embed(items, jnp.ones(items.shape, jnp.bool_), positions, keys)
+        times: dict[str, Any] = {}
+        if cache.times is not None:
+            times = {"timestamps": cache.times, "own_timestamps": timestamps}
+        layers = []
+        for block, layer in zip(self.blocks, cache.layers, strict=True):
+            gate, query, key, value = block.projections(x)
+            out = ops.cached_hstu_attention(
+                query,
+                layer.key,
+                layer.value,
+                own_key=key,
+                own_value=value,
+                length=cache.length,
+                **block.attention_options(),
+                **times,
+            )
+            x = block.rest(x, gate, out, keys)
+            layers.append(
+                KeysAndValues(
+                    append(layer.key, key, cache.length), append(layer.value, value, cache.length)
+                )
+            )
+        length = cache.length + new
+        states = nan_where_full(self.finish(x), length, cache.layers[0].capacity)
+        if not waiting or timestamps is None:
+            return states, Cache(tuple(layers), None, length, None)
+        assert cache.times is not None
+        known = append(cache.times, timestamps, cache.length)
+        newest = Newest(items[:, -1], timestamps[:, -1])
+        # What was appended for the newest event is not counted, and written over by the next.
+        return states[:, 1:], Cache(tuple(layers), known, length - 1, newest)
+
+    def finish(self, x: Float[Array, "rows length width"]) -> Float[Array, "rows length width"]:
         return unit_rows(x) if self.config.normalize else x
+
+    def _times(self, timestamps: Array | None) -> dict[str, Array]:
+        """The times, if the model reads them."""
+        if not self.config.reads_timestamps:
+            return {}
+        if timestamps is None:
+            raise ValueError("HSTU with a bias by time needs timestamps")
+        return {"timestamps": timestamps}

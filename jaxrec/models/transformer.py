@@ -3,11 +3,13 @@
 from collections.abc import Callable
 from typing import Any
 
+import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
 from jaxrec.models.attention import Positions, make_positions
+from jaxrec.models.cache import Cache, LayerCache, check_capacity, nan_where_full
 from jaxrec.models.config import TransformerConfig
 from jaxrec.models.layers import Keys, LayerNorm, unit_rows
 from jaxrec.models.sequence_model import SequenceModel, end_aligned, zero_padding
@@ -70,9 +72,83 @@ class Transformer(SequenceModel):
         for block in self.blocks:
             x = block(x, keys, valid=valid, segment_ids=segment_ids, positions=positions)
             x = zero_padding(x, valid)
+        return self.finish(x)
+
+    def prefill(
+        self,
+        items: Int[Array, "batch length"],
+        length: Int[Array, " batch"],
+        *,
+        capacity: int | None = None,
+    ) -> tuple[Float[Array, "batch width"], Cache]:
+        """The state after the newest event of every user, and the cache that `extend` takes.
+
+        Args:
+          items: one user a row, oldest event first.
+          length: how many of a row's items there are, at least 1.
+          capacity: the most events that a history can grow to; None for the model's max_length.
+
+        Raises:
+          ValueError: a capacity out of range; positions that count from the newest event, which
+            every new event would move.
+        """
+        self._check_extendable()
+        capacity = check_capacity(items.shape[1], capacity, self.max_length)
+        positions = jnp.broadcast_to(jnp.arange(items.shape[1], dtype=jnp.int32), items.shape)
+        valid = positions < length[:, None]
+        keys = Keys(None)
+        x = self.embed(items, valid, positions, keys)
+        layers = []
+        for block in self.blocks:
+            query_input, key_input = block.attention_inputs(x)
+            attended, layer = block.prefill(query_input, key_input, valid=valid, capacity=capacity)
+            x = zero_padding(block.rest(x, query_input, attended, keys), valid)
+            layers.append(layer)
+        newest = jnp.take_along_axis(x, (length - 1)[:, None, None], axis=1)
+        return self.finish(newest)[:, 0], Cache(tuple(layers), None, length, None)
+
+    def extend(
+        self, cache: Cache, items: Int[Array, "batch new"]
+    ) -> tuple[Float[Array, "batch new width"], Cache]:
+        """The states after new events, equal to those of `hidden` on the longer sequences.
+
+        A user whose history outgrows the cache gets NaN from there on; `prefill` anew then.
+
+        Args:
+          cache: of the users' histories.
+          items: as many new events for every user, oldest first.
+        """
+        new = items.shape[1]
+        positions = cache.length[:, None] + jnp.arange(new, dtype=jnp.int32)[None, :]
+        keys = Keys(None)
+        x = self.embed(items, jnp.ones(items.shape, jnp.bool_), positions, keys)
+        layers = []
+        for block, before in zip(self.blocks, cache.layers, strict=True):
+            query_input, key_input = block.attention_inputs(x)
+            attended, layer = block.extend(query_input, key_input, before, cache.length)
+            x = block.rest(x, query_input, attended, keys)
+            layers.append(layer)
+        length = cache.length + new
+        states = nan_where_full(self.finish(x), length, _capacity(cache.layers[0]))
+        return states, Cache(tuple(layers), None, length, None)
+
+    def finish(self, x: Float[Array, "rows length width"]) -> Float[Array, "rows length width"]:
         x = x if self.norm is None else self.norm(x)
         return unit_rows(x) if self.config.normalize else x
+
+    def _check_extendable(self) -> None:
+        counted = "additive" in self.config.position and self.config.position_order == "newest"
+        if counted or self._has_full_kernel():
+            raise ValueError(
+                "prefill: this model counts positions from the newest event, so a new one would "
+                "move all others; train with position_order 'oldest' and without full kernels"
+            )
 
     def _has_full_kernel(self) -> bool:
         kernel = self.config.kernel
         return "kernel" in self.config.position and "full" in (kernel.logits, kernel.values)
+
+
+def _capacity(layer: LayerCache) -> int:
+    capacity: int = layer.capacity
+    return capacity
