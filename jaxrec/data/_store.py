@@ -29,7 +29,7 @@ def new_folder(path: Path, *, overwrite: bool) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{path.parent}: cannot create the folder ({error.strerror})") from None
-    _remove_leftovers(path)
+    remove_leftovers(path)
     mark = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
     fresh = path.parent / f".{path.name}.new-{mark}"
     try:
@@ -74,7 +74,7 @@ def check_free(path: Path, *, overwrite: bool) -> None:
         )
 
 
-def _remove_leftovers(path: Path) -> None:
+def remove_leftovers(path: Path) -> None:
     """Removes siblings that a killed process of this machine left behind."""
     host = socket.gethostname()
     for kind in ("new", "old"):

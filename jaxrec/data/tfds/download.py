@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jaxrec.data._store import _remove_leftovers, sha256_file
+from jaxrec.data._store import remove_leftovers, sha256_file
 from jaxrec.data.tfds.archives import looks_like_html, start_of
 from jaxrec.data.tfds.catalogue import Archive, PublicDataset
 from jaxrec.errors import UserError
@@ -43,7 +43,7 @@ def scratch_folder(parent: Path, label: str) -> Iterator[Path]:
     """
     try:
         parent.mkdir(parents=True, exist_ok=True)
-        _remove_leftovers(parent / label)
+        remove_leftovers(parent / label)
         mark = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
         folder = parent / f".{label}.new-{mark}"
         folder.mkdir()
