@@ -86,7 +86,7 @@ def clean(
     labels: jax.Array,
     valid: jax.Array,
     *,
-    shard: Shard | None,
+    shard: Shard | None = None,
 ) -> Problem:
     rows = table.shape[0]
     inside = (labels >= 0) & (labels < (rows if shard is None else shard.items))
