@@ -1,0 +1,82 @@
+"""What both sides of a comparison are asked to do, and how a process reports on itself.
+
+The standard library only: the peer's environment has nothing of jaxrec's.
+"""
+
+import json
+import os
+import platform
+import resource
+import sys
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Task:
+    """One training of SASRec and one ranking of all users."""
+
+    interactions: str
+    """CSV file with the columns user_id, item_id, order; by user, each in order."""
+    width: int = 64
+    blocks: int = 2
+    heads: int = 1
+    dropout: float = 0.2
+    max_length: int = 200
+    batch_size: int = 128
+    learning_rate: float = 1e-3
+    b2: float = 0.98
+    """Adam's second moment; the peer's cannot be set."""
+    epochs: int = 2
+    steps: int = 0
+    """Optimiser steps that count as an epoch; 0 for all."""
+    k: int = 10
+    rankings: int = 2
+    """Rankings that are timed, after a first one."""
+    threads: int = 2
+    seed: int = 0
+
+    def save(self, path: Path) -> None:
+        path.write_text(json.dumps(asdict(self)), encoding="utf-8")
+
+
+def load_task(path: str) -> Task:
+    """The task that `Task.save` wrote."""
+    return Task(**json.loads(Path(path).read_text(encoding="utf-8")))
+
+
+def peak_bytes() -> int:
+    """Largest resident memory of this process since it was started.
+
+    Linux hands a new program the maximum of the process that started it as `ru_maxrss`, so there
+    the figure comes from the program's own address space.
+    """
+    status = Path("/proc/self/status")
+    if status.is_file():
+        for line in status.read_text(encoding="ascii", errors="replace").splitlines():
+            if line.startswith("VmHWM:"):
+                return 1024 * int(line.split()[1])
+    usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return usage if sys.platform == "darwin" else 1024 * usage
+
+
+def describe_machine() -> str:
+    """The device in words, as jaxrec's results files do for a CPU."""
+    return f"cpu: {platform.machine()}, {os.cpu_count()} cores"
+
+
+def versions_of(*packages: str) -> dict[str, str]:
+    """Versions of Python and of those packages that are installed."""
+    found = {"python": platform.python_version()}
+    for package in packages:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def write_result(path: str, result: dict[str, Any]) -> None:
+    Path(path).write_text(json.dumps(result) + "\n", encoding="utf-8")
