@@ -17,6 +17,7 @@ from jaxrec.training.config import load_config, to_dict
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).resolve().parent / "results"
+BENCHMARKS = ROOT / "benchmarks" / "results"
 METRICS = ("hr@10", "ndcg@10", "coverage@10")
 
 HEAD = """# Results
@@ -50,6 +51,7 @@ def render(results: list[dict[str, Any]]) -> str:
     parts = [HEAD]
     for dataset in dict.fromkeys(r["dataset"] for r in results):
         parts.append(_section(dataset, [r for r in results if r["dataset"] == dataset]))
+    parts.append(benchmarks())
     return "\n".join(parts)
 
 
@@ -140,6 +142,62 @@ def _leaves(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
 
 def _row(cells: list[str]) -> str:
     return "| " + " | ".join(cells) + " |"
+
+
+def benchmarks() -> str:
+    """A line for every results file of a benchmark that is told here."""
+    told = {
+        "training_epoch": _training_epoch,
+        "data_import": _data_import,
+        "catalogue_loss": _catalogue_loss,
+    }
+    lines = []
+    for path in sorted(BENCHMARKS.glob("*.json")):
+        result = json.loads(path.read_text(encoding="utf-8"))
+        if result["benchmark"] in told:
+            lines.append(
+                f"- {told[result['benchmark']](result)} ([file]({path.relative_to(ROOT)}))"
+            )
+    head = "## Benchmarks\n\nEach by `python -m benchmarks.NAME`; see docs/benchmarks.md.\n\n"
+    return head + "\n".join(lines) + "\n" if lines else ""
+
+
+def _training_epoch(result: dict[str, Any]) -> str:
+    model = result["model"]
+    return (
+        f"`training_epoch`: an epoch of SASRec on {result['data']} (width {model['width']}, "
+        f"{model['blocks']} blocks, length {result['max_length']}, {result['batch_size']} "
+        f"sequences a batch, full softmax) takes {result['epoch_seconds']:.1f} s, "
+        f"{result['ratio_to_floor']:.1f} times its arithmetic floor of "
+        f"{result['floor_seconds']:.1f} s; {result['device']}"
+    )
+
+
+def _data_import(result: dict[str, Any]) -> str:
+    return (
+        f"`data_import`: {result['rows']:,} unsorted rows with text ids in "
+        f"{result['seconds']:.0f} s and {result['peak_rss_bytes'] / 1e9:.1f} GB; "
+        f"{result['cores']} cores"
+    )
+
+
+def _catalogue_loss(result: dict[str, Any]) -> str:
+    shape, device = result["shape"], result["device"]
+    where = (
+        f"{shape['positions']:,} positions over {shape['items']:,} items, width {shape['width']}"
+    )
+    told = f"{device['name']}, {device['cores']} cores"
+    if "memory" in result:
+        held = result["memory"]["temporaries_mb"]
+        return (
+            f"`catalogue_loss --memory`: the gradient for {where} holds {held:.0f} MB besides "
+            f"its inputs and results; {told}"
+        )
+    rows = {row["name"]: row for row in result["rows"]}
+    return (
+        f"`catalogue_loss`: the gradient of the mean for {where} takes "
+        f"{rows['mean gradient']['of_dense']:.2f} of the dense form's time; {told}"
+    )
 
 
 def main(arguments: Arguments) -> int:
