@@ -23,6 +23,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "recommend": ("jaxrec.cli.recommend:main", "Rank items for a user, a history, or everyone."),
     "similar": ("jaxrec.cli.similar:main", "Items that the model sees as alike."),
     "vectors": ("jaxrec.cli.vectors:main", "Export the item vectors of a run."),
+    "export": ("jaxrec.cli.export:main", "Export a run to serve without the model's code."),
     "show": ("jaxrec.cli.show:main", "Curves and metrics of a run."),
 }
 

@@ -22,6 +22,8 @@ from jaxrec.evaluation.evaluator import Evaluator
 from jaxrec.evaluation.ranker import Contexts, Ranker
 from jaxrec.evaluation.report import Report, compare
 from jaxrec.evaluation.results import describe_protocol, evaluate_lists
+from jaxrec.serving._answers import Recommendation, checked_history, checked_times
+from jaxrec.serving.artifact import PLATFORMS
 from jaxrec.training.checkpoints import Checkpoints
 from jaxrec.training.config import Experiment
 from jaxrec.training.run_folder import RunFolder
@@ -32,14 +34,6 @@ from jaxrec.training.setup import (
     split_data,
     timestamps,
 )
-
-
-class Recommendation(NamedTuple):
-    """One item of a ranked list."""
-
-    item_id: Id
-    title: str | None
-    score: float
 
 
 class RankedLists(NamedTuple):
@@ -61,6 +55,7 @@ class Run:
       config: the experiment it was trained with.
       step: optimiser steps behind the parameters.
       parameters: by dotted name.
+      bind: parameters -> model.
     """
 
     def __init__(self, path: str | Path, *, checkpoint: str = "best") -> None:
@@ -72,10 +67,10 @@ class Run:
             self.step, stored = checkpoints.read_parameters(checkpoint)
         finally:
             checkpoints.close()
-        fresh, self._bind = make_model(self.config, data["items"])
+        fresh, self.bind = make_model(self.config, data["items"])
         _check_shapes(self.folder, fresh, stored)
         self.parameters = {name: jax.numpy.asarray(stored[name]) for name in fresh}
-        self._ranker = Ranker(self._bind)
+        self._ranker = Ranker(self.bind)
         self._data = data
         self._reports: dict[tuple[str, tuple[int, ...], tuple[str, ...]], Report] = {}
 
@@ -86,7 +81,8 @@ class Run:
         )
 
     @cached_property
-    def _item_table(self) -> pa.Table:
+    def item_table(self) -> pa.Table:
+        """Ids and titles by index, as the run folder keeps them."""
         try:
             table = pq.read_table(self.folder.items)
         except (OSError, pa.ArrowException) as error:
@@ -99,7 +95,7 @@ class Run:
 
     @cached_property
     def _items(self) -> IdIndex:
-        ids = self._item_table["item_id"].combine_chunks()
+        ids = self.item_table["item_id"].combine_chunks()
         return IdIndex(ids, "item", self._data["name"])
 
     @cached_property
@@ -110,7 +106,7 @@ class Run:
     @cached_property
     def item_titles(self) -> list[str | None] | None:
         """Titles by index; None where the data set has none."""
-        table = self._item_table
+        table = self.item_table
         return table["title"].to_pylist() if "title" in table.column_names else None
 
     @property
@@ -169,12 +165,11 @@ class Run:
         """
         if (user is None) == (history is None):
             raise UserError("recommend: give a user or a history, one of the two")
-        if isinstance(history, str):
-            raise UserError(f"recommend: history is a list of item ids, got the text {history!r}")
         seconds: NDArray[np.int64] | None
         if history is not None:
-            events = np.array([self._items.find(item) for item in history], np.int32)
-            seconds = self._seconds(times, len(events))
+            events = checked_history(history, self._items)
+            reads_times = self.config.model.reads_timestamps
+            seconds = checked_times(times, len(events)) if reads_times else None
         else:
             assert user is not None
             if times is not None:
@@ -186,8 +181,9 @@ class Run:
             known = timestamps(self.config, data)
             seconds = None if known is None else np.asarray(known[own])
         if not len(events):
-            who = "the history" if user is None else f"the history of user {user!r}"
-            raise UserError(f"recommend: {who} is empty; give at least one item")
+            raise UserError(
+                f"recommend: the history of user {user!r} is empty; give at least one item"
+            )
         contexts = self._contexts(events, seconds, np.array([0]), np.array([len(events)]), 1)
         scores, lists = self._ranker.lists(
             self.parameters,
@@ -339,7 +335,7 @@ class Run:
 
     def item_vectors(self) -> NDArray[np.float32]:
         """float32[items, width]: the table that user states are scored against, by index."""
-        return np.asarray(self._bind(self.parameters).item_table(), np.float32)
+        return np.asarray(self.bind(self.parameters).item_table(), np.float32)
 
     def export_item_vectors(self, path: str | Path) -> Path:
         """Writes the item vectors: `.npy` (rows by index) or `.parquet` (with ids and titles).
@@ -357,7 +353,7 @@ class Run:
             elif path.suffix == ".parquet":
                 flat = pa.array(vectors.reshape(-1))
                 column = pa.FixedSizeListArray.from_arrays(flat, vectors.shape[1])
-                pq.write_table(self._item_table.append_column("vector", column), temporary)
+                pq.write_table(self.item_table.append_column("vector", column), temporary)
             else:
                 raise UserError(f"{path}: item vectors are written to .npy or .parquet")
             temporary.replace(path)
@@ -368,23 +364,29 @@ class Run:
                 temporary.unlink(missing_ok=True)
         return path
 
-    def _seconds(self, times: Sequence[int] | None, events: int) -> NDArray[np.int64] | None:
-        """The times of a history, if the model reads them."""
-        if not self.config.model.reads_timestamps:
-            return None
-        if times is None:
-            raise UserError("recommend: the model reads when events happened; give times as well")
-        try:
-            seconds = np.asarray(times, np.float64).astype(np.int64)
-        except (TypeError, ValueError, OverflowError):
-            raise UserError(f"recommend: times must be numbers of seconds, got {times!r}") from None
-        if seconds.shape != (events,):
-            raise UserError(
-                f"recommend: times must be one a history item ({events}), got {len(seconds)}"
-            )
-        if (np.diff(seconds) < 0).any():
-            raise UserError("recommend: times must not decrease; the history is oldest first")
-        return seconds
+    def export(
+        self,
+        folder: str | Path,
+        *,
+        platforms: Sequence[str] = PLATFORMS,
+        k: int = 10,
+        batch_size: int | None = None,
+    ) -> Path:
+        """Writes a folder that `jaxrec.serving.exported.load_exported` ranks from, without the
+        model's code.
+
+        Args:
+          folder: a new folder, or an empty one.
+          platforms: out of cpu, tpu and cuda; none of them needs to be here.
+          k: length of the lists.
+          batch_size: histories ranked at once; None leaves it to each call.
+
+        Raises:
+          UserError: an option that makes no sense, a folder that is in use or cannot be written.
+        """
+        from jaxrec.serving.export import write_artifact
+
+        return write_artifact(self, folder, platforms=platforms, k=k, batch_size=batch_size)
 
     def _contexts(
         self,

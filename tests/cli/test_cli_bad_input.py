@@ -274,6 +274,27 @@ ARGUMENTS = {
     "no similar": (["similar", RUN], "--item"),
     "vectors to another form": (["vectors", RUN, "--out", "v.txt"], "v.txt: item vectors are"),
     "vectors to no folder": (["vectors", RUN, "--out", "no/v.npy"], "no/v.npy: cannot be written"),
+    "export to nowhere": (["export", RUN], "--out"),
+    "export for another platform": (
+        ["export", RUN, "--out", "x", "--platforms", "cpu,gpu"],
+        "unknown platform 'gpu'; known: cpu, tpu, cuda",
+    ),
+    "export for no platform": (["export", RUN, "--out", "x", "--platforms", ""], "platform ''"),
+    "export of none": (["export", RUN, "--out", "x", "-k", "0"], "k must be at least 1"),
+    "export for a batch of none": (
+        ["export", RUN, "--out", "x", "--batch-size", "0"],
+        "batch_size must be at least 1, got 0",
+    ),
+    "export for any batch": (
+        ["export", RUN, "--out", "x", "--batch-size", "any"],
+        "--batch-size takes a whole number or symbolic, got 'any'",
+    ),
+    "export over a file": (["export", RUN, "--out", "a.csv"], "a.csv: is a file"),
+    "export to no folder": (["export", RUN, "--out", "no/x"], "no: no such folder to export into"),
+    "export of an unknown checkpoint": (
+        ["export", RUN, "--out", "x", "--checkpoint", "bset"],
+        "no checkpoint 'bset'",
+    ),
     "picture of another form": (["show", RUN, "--png", "c.jpg"], "drawn to a .png file"),
     "picture to no folder": (["show", RUN, "--png", "no/c.png"], "no/c.png: cannot be written"),
     "nothing to judge": (["evaluate"], "give a run folder, or --ranked FILE"),

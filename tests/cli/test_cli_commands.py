@@ -25,6 +25,7 @@ from small_sets import (
 import jaxrec
 from jaxrec.cli.main import COMMANDS, main
 from jaxrec.evaluation.ranked_writer import write_ranked
+from jaxrec.serving.exported import load_exported
 from jaxrec.training import loop as loop_module
 from jaxrec.training.run_folder import RunFolder
 
@@ -335,6 +336,23 @@ def test_out_of_memory_is_one_line(capsys, monkeypatch):
         "jaxrec: out of memory (RESOURCE_EXHAUSTED: Out of memory allocating 12 bytes.); smaller "
         "batch_size, max_length or width need less\n"
     )
+
+
+def test_an_export_answers_as_the_run(capsys):
+    words = ["export", trained_run(), "--platforms", "cpu", "-k", "4"]
+    told = last_json(call(capsys, *words, "--out", "out", "--json"))
+    assert told["out"] == str(Path("out").absolute())
+    assert {"recommend.cpu.bin", "items.parquet"} <= set(told["files"])
+    assert told["files"]["items.parquet"] == Path("out/items.parquet").stat().st_size
+    found = load_exported("out").recommend(["i03", "i05"])
+    wanted = jaxrec.load(trained_run()).recommend(history=["i03", "i05"], k=4)
+    assert [r.item_id for r in found] == [r.item_id for r in wanted]
+
+    shown = call(capsys, *words, "--out", "again", "--batch-size", "2", "--checkpoint", "9").out
+    assert "recommend.cpu.bin: " in shown
+    assert "parameters: " in shown
+    assert "step 9 exported to " in shown
+    assert load_exported("again").manifest.batch_size == 2
 
 
 def test_a_loss_that_is_not_finite_is_one_line(capsys):
