@@ -38,7 +38,7 @@ def split_model(model: nnx.Module) -> tuple[Parameters, Callable[[Parameters], A
     paths = [path for path, _ in flat]
     names = [".".join(map(str, path)) for path in paths]
     variables = [variable for _, variable in flat]
-    parameters = {name: v[...] for name, v in zip(names, variables, strict=True)}
+    parameters = {name: v.get_value() for name, v in zip(names, variables, strict=True)}
 
     def bind(parameters: Parameters) -> Any:
         if set(parameters) != set(names):

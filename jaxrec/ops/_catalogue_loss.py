@@ -27,6 +27,7 @@ from jax import lax
 
 from jaxrec.ops import _catalogue
 from jaxrec.ops._catalogue import Shard
+from jaxrec.ops._manual_axes import vary_together
 
 _F32 = jnp.float32
 
@@ -101,6 +102,8 @@ def clean(
         ):
             real = first + jnp.arange(rows, dtype=jnp.int32) < shard.items
             bias = jnp.where(real, _F32(0) if bias is None else bias, _F32(-jnp.inf))
+            # Loops carry sums of it and of what varies with the positions.
+            bias = vary_together(bias, hidden)[0]
     return Problem(
         hidden=jnp.where(valid[:, None], hidden, jnp.zeros((), hidden.dtype)),
         table=table,

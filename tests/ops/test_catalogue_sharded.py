@@ -58,8 +58,8 @@ def share_of_mean(hidden, table, bias, labels, valid, weights, **options):
 
 @pytest.mark.parametrize(
     ("items", "smoothing", "biased"),
-    [(ROWS, 0.0, False), (ITEMS, 0.1, True)],
-    ids=["all rows", "padded, smoothed, biased"],
+    [(ROWS, 0.0, False), (ITEMS, 0.0, False), (ITEMS, 0.1, True)],
+    ids=["all rows", "padded", "padded, smoothed, biased"],
 )
 @pytest.mark.parametrize(
     ("form", "blocks"),
