@@ -120,10 +120,7 @@ class ExportedRun:
         seen = [np.unique(one) if filter_seen else one[:0] for one in events]
         found: list[list[Recommendation]] = [[] for _ in events]
         for chosen in self._batches(seen):
-            scores, items = self.function(
-                self.parameters, *self._arrays(chosen, events, seconds, seen)
-            )
-            scores, items = np.asarray(scores), np.asarray(items)
+            scores, items = self._call(self._arrays(chosen, events, seconds, seen))
             for row, which in enumerate(chosen):
                 pairs = zip(items[row, :k].tolist(), scores[row, :k].tolist(), strict=True)
                 found[which] = [self._recommendation(i, score) for i, score in pairs if i >= 0]
@@ -164,6 +161,26 @@ class ExportedRun:
                 arrays["timestamps"][row, : len(since)] = np.minimum(since - since[0], limit)
         return [arrays[one["name"]] for one in self.manifest.inputs]
 
+    def _call(
+        self, arrays: list[NDArray[np.int32]]
+    ) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
+        try:
+            scores, items = self.function(self.parameters, *arrays)
+        except jax.errors.JaxRuntimeError as error:
+            # An older JAX reads the frame of a newer one's function, and finds out when it compiles
+            # what is inside.
+            if "deserialize" not in str(error):
+                raise
+            raise self._unreadable(error) from None
+        return np.asarray(scores), np.asarray(items)
+
+    def _unreadable(self, error: Exception) -> UserError:
+        reason = str(error).strip().partition("\n")[0]
+        return UserError(
+            f"{self.folder / function_name(self.platform)}: jax {jax.__version__} cannot read what "
+            f"jax {self.manifest.jax} exported ({reason}); use that version or a later one"
+        )
+
     def _seconds(
         self, times: Sequence[Sequence[int]] | None, events: list[NDArray[np.int32]]
     ) -> list[NDArray[np.int64]] | None:
@@ -195,10 +212,7 @@ class ExportedRun:
         try:
             return jax.export.deserialize(bytearray(path.read_bytes()))
         except (ValueError, KeyError, AssertionError) as error:
-            raise UserError(
-                f"{path}: jax {jax.__version__} cannot read what jax {self.manifest.jax} exported "
-                f"({error})"
-            ) from None
+            raise self._unreadable(error) from None
 
     def _read_items(self) -> pa.Table:
         path = checked_file(self.folder, ITEMS, self.manifest)

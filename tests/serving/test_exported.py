@@ -234,6 +234,18 @@ def test_what_it_cannot_answer_is_told(arguments, message):
     assert "\n" not in str(caught.value)
 
 
+def test_a_function_of_a_newer_jax_is_told(tmp_path):
+    there = load_exported(copy_of(folder(), tmp_path / "copy"))
+
+    def function(*_):
+        raise jax.errors.JaxRuntimeError("Failed to deserialize StableHLO\nand so on")
+
+    there.function = function
+    with pytest.raises(UserError, match=r"cannot read what jax .* exported .Failed") as caught:
+        there.recommend(["i00"])
+    assert "\n" not in str(caught.value)
+
+
 def remove(name):
     return lambda folder: (folder / name).unlink()
 
