@@ -29,7 +29,8 @@ def make_mesh(data: int, model: int) -> Mesh | None:
       model: at least 1.
 
     Raises:
-      UserError: there are not as many devices, or several processes leave some out.
+      UserError: there are not as many devices, or they belong to several processes: the run folder
+        is written by one.
     """
     devices = jax.device_count()
     data = data or max(1, devices // model)
@@ -37,13 +38,12 @@ def make_mesh(data: int, model: int) -> Mesh | None:
         raise UserError(
             f"config: mesh.data x mesh.model is {data} x {model}, but there are {devices} devices"
         )
-    if data * model == 1 and jax.process_count() == 1:
-        return None
-    if jax.process_count() > 1 and data * model < devices:
+    if jax.process_count() > 1:
         raise UserError(
-            f"config: several processes train on all of their devices: mesh.data x mesh.model must "
-            f"be {devices}, got {data} x {model}; mesh.data 0 takes all that mesh.model leaves"
+            "training in several processes is not there yet; use the devices of one process"
         )
+    if data * model == 1:
+        return None
     return jax.make_mesh(
         (data, model),
         (DATA, MODEL),
@@ -143,11 +143,3 @@ class Placement:
     def over_devices(self, f: Callable[..., Any], in_specs: Any, out_specs: Any) -> Any:
         """`f` on every device's part, all axes manual."""
         return jax.shard_map(f, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs)
-
-    def to_host(self, array: Array) -> np.ndarray:
-        """All of an array, on every process."""
-        if array.is_fully_addressable:
-            return np.asarray(array)
-        from jax.experimental import multihost_utils
-
-        return np.asarray(multihost_utils.process_allgather(array, tiled=True))

@@ -108,14 +108,11 @@ class Ranker:
     def _to_device(self, arrays: Any) -> Any:
         return arrays if self._placement is None else self._placement.batch(arrays)
 
-    def _to_host(self, array: Array) -> NDArray[Any]:
-        return np.asarray(array) if self._placement is None else self._placement.to_host(array)
-
     def states(self, parameters: Parameters, contexts: Contexts) -> NDArray[np.float32]:
         """float32[m, width]: the state after each range's newest event."""
         result: NDArray[np.float32] | None = None
         for which, arrays, _ in contexts.batches():
-            states = self._to_host(self._states(parameters, self._to_device(arrays)))
+            states = np.asarray(self._states(parameters, self._to_device(arrays)))
             if result is None:
                 result = np.empty((len(contexts), states.shape[1]), np.float32)
             used = which >= 0
@@ -154,8 +151,8 @@ class Ranker:
 
         def collect(which: NDArray[np.int64], result: tuple[Array, Array]) -> None:
             used = which >= 0
-            scores[which[used]] = self._to_host(result[0])[used]
-            lists[which[used]] = self._to_host(result[1])[used]
+            scores[which[used]] = np.asarray(result[0])[used]
+            lists[which[used]] = np.asarray(result[1])[used]
             if progress is not None:
                 progress(int(used.sum()))
 

@@ -22,7 +22,8 @@ def full_softmax(
 
     mean_p [ logsumexp_i z_pi - z_{p, target_p} ] with z_pi = <h_p, E_i> / temperature, by
     `ops.mean_linear_cross_entropy`: the logits are never held at once, and under differentiation
-    both gradients come out of the forward sweep.
+    both gradients come out of the forward sweep. `item_axis` and `num_items` are as there; training
+    hands them in where the item table is split over devices.
 
     Source: Klenitskiy and Vasilev, "Turning dross into gold loss" (RecSys 2023), who showed that it
     lifts SASRec above BERT4Rec.
