@@ -76,7 +76,7 @@ def test_long_rows_fit():
     """Length 4096, 8 rows, 4 heads: the logits alone would take 2 GiB."""
     program = compiled("v6e", 8, 4096, 4, 64, structure="toeplitz")
     temporaries = program.memory_analysis().temp_size_in_bytes
-    assert temporaries < 100 * 2**20
+    assert temporaries < 200 * 2**20
 
 
 def test_sharded_rows_compile():

@@ -117,7 +117,8 @@ def test_a_label_outside_of_the_catalogue_is_nan_on_every_shard():
 def test_the_selection_is_that_of_the_whole_table(shards):
     hidden, table, bias, labels, _ = arrays(1)
     # Ties across shards: the lower id first.
-    table = jnp.round(table).at[ITEMS - 1].set(table[0])
+    table = jnp.round(table)
+    table = table.at[ITEMS - 1].set(table[0])
     hidden = jnp.round(hidden)
     exclude = jnp.stack([labels, jnp.full_like(labels, -1)], 1)
     deny = jnp.arange(ROWS) == 5
@@ -153,7 +154,7 @@ def test_lists_of_allowed_items_name_items_of_any_shard():
     )
     wanted = ops.top_k_items(hidden, table, 4, allow=allow)
     np.testing.assert_array_equal(ids, wanted[1])
-    np.testing.assert_allclose(scores, wanted[0], rtol=1e-6)
+    np.testing.assert_allclose(scores, wanted[0], rtol=1e-5)
 
 
 def test_the_axis_must_be_there_and_hold_the_items():
