@@ -93,11 +93,7 @@ class TransformerConfig(ModelConfig):
                 f"config: model.width ({self.width}) must be a multiple of model.heads "
                 f"({self.heads})"
             )
-        if not self.norm_epsilon > 0:
-            raise UserError(f"config: model.norm_epsilon must be positive, got {self.norm_epsilon}")
-        if not self.init_scale >= 0:
-            raise UserError(f"config: model.init_scale must not be negative, got {self.init_scale}")
-        check_dropout(self)
+        check_numbers(self)
         if self.position == "rope" and self.width // self.heads % 2:
             raise UserError(
                 "config: model.position 'rope' needs an even width a head, got "
@@ -129,7 +125,12 @@ def check_positive(config: ModelConfig, *fields: str) -> None:
             raise UserError(f"config: model.{name} must be positive, got {value}")
 
 
-def check_dropout(config: Any) -> None:
+def check_numbers(config: Any) -> None:
+    """Raises UserError for an impossible norm_epsilon, init_scale or dropout."""
+    if not config.norm_epsilon > 0:
+        raise UserError(f"config: model.norm_epsilon must be positive, got {config.norm_epsilon}")
+    if not config.init_scale >= 0:
+        raise UserError(f"config: model.init_scale must not be negative, got {config.init_scale}")
     if not 0 <= config.dropout < 1:
         raise UserError(f"config: model.dropout must be in [0, 1), got {config.dropout}")
 
@@ -242,13 +243,9 @@ class HSTUConfig(ModelConfig):
             "time_buckets",
             "normalizer",
         )
-        check_dropout(self)
         if self.width % self.heads and None in (self.query_width, self.value_width):
             raise UserError(
                 f"config: model.width ({self.width}) must be a multiple of model.heads "
                 f"({self.heads}), unless query_width and value_width are given"
             )
-        if not self.norm_epsilon > 0:
-            raise UserError(f"config: model.norm_epsilon must be positive, got {self.norm_epsilon}")
-        if not self.init_scale >= 0:
-            raise UserError(f"config: model.init_scale must not be negative, got {self.init_scale}")
+        check_numbers(self)
