@@ -12,6 +12,7 @@ from jaxrec.ops.distance_bias import alibi_bias, alibi_slopes, t5_bias, t5_bucke
 from jaxrec.ops.dropout import dropout
 from jaxrec.ops.explain import explain
 from jaxrec.ops.hstu import hstu_attention
+from jaxrec.ops.layer_norm import layer_norm
 from jaxrec.ops.linear_cross_entropy import linear_cross_entropy, mean_linear_cross_entropy
 from jaxrec.ops.positional_kernel import (
     init_positional_kernel,
@@ -38,6 +39,7 @@ __all__ = [
     "gbce_loss",
     "hstu_attention",
     "init_positional_kernel",
+    "layer_norm",
     "linear_cross_entropy",
     "mean_linear_cross_entropy",
     "positional_kernel_attention",

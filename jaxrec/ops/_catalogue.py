@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxrec.ops._manual_axes import vary_together
+
 Carry = TypeVar("Carry")
 _FLOATS = ("float32", "bfloat16")
 
@@ -92,6 +94,23 @@ def make_shard(op: str, table: Any, item_axis: str | None, num_items: int | None
             f"{op}: num_items must be from 1 to the {rows} rows of all {shards} shards, got {items}"
         )
     return Shard(item_axis, items)
+
+
+def together(shard: Shard | None, *arguments: Any) -> tuple[Any, ...]:
+    """The arguments varying alike, over the items' axis too: its sums then give one result."""
+    if shard is None:
+        return vary_together(*arguments)
+    return vary_together(*arguments, lax.axis_index(shard.axis))[:-1]
+
+
+def alike(shard: Shard | None, result: jax.Array) -> jax.Array:
+    """The result, which every shard of the items has, as one that does not vary over them."""
+    return result if shard is None else lax.pmean(result, shard.axis)
+
+
+def from_all(shard: Shard | None, g: jax.Array) -> jax.Array:
+    """The cotangents of all shards' results, each of which depends on every shard's rows."""
+    return g if shard is None else lax.psum(g, shard.axis)
 
 
 def ids_as_int32(ids: jax.Array) -> jax.Array:

@@ -11,6 +11,9 @@ one of three ways:
   it, and the K logits are picked out.
 
 The backward pass computes the logits again. No array of [positions, K, D] ever exists.
+
+Inside `shard_map` the table may be one `Shard` of a larger one. Every shard sees all ids and adds
+what its own rows give: rows of others count as zero, and the logits are summed over the axis.
 """
 
 from typing import Literal, NamedTuple
@@ -20,7 +23,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxrec.ops import _catalogue
-from jaxrec.ops._catalogue import Rows
+from jaxrec.ops._catalogue import Rows, Shard
 
 _F32 = jnp.float32
 Way = Literal["shared", "gathered", "dense"]
@@ -39,7 +42,7 @@ class Problem(NamedTuple):
     """Arrays of one call, cleaned: invalid positions have zero hidden rows and label 0."""
 
     hidden: jax.Array  # [P, D]
-    table: jax.Array  # [V, D]
+    table: jax.Array  # [V, D], or this shard's rows of it
     labels: jax.Array  # int32[P], all in 0..V-1
     negatives: jax.Array  # int32[P, K] or [K]; ids outside of 0..V-1 are left out
     log_q: jax.Array | None  # float32, the shape of negatives
@@ -47,6 +50,29 @@ class Problem(NamedTuple):
     exclude: jax.Array | None  # int32[P, E]
     valid: jax.Array  # bool[P]
     bad: jax.Array  # bool[P]: a valid position whose label is outside the catalogue
+    shard: Shard | None
+
+    @property
+    def items(self) -> int:
+        return self.table.shape[0] if self.shard is None else self.shard.items
+
+    def rows_of(self, ids: jax.Array) -> jax.Array:
+        """Where the items are in `table`; past its end for those that other shards have."""
+        if self.shard is None:
+            return ids
+        rows = self.table.shape[0]
+        local = ids - self.shard.first(rows)
+        return jnp.where((local >= 0) & (local < rows), local, rows)
+
+    def read(self, rows: jax.Array) -> jax.Array:
+        """The rows of `table`; zeros past its end."""
+        if self.shard is None:
+            return self.table[rows]
+        return self.table.at[rows].get(mode="fill", fill_value=0)
+
+    def over_shards(self, part: jax.Array) -> jax.Array:
+        """The sum over all shards of what each has of it."""
+        return part if self.shard is None else lax.psum(part, self.shard.axis)
 
 
 class Gradients(NamedTuple):
@@ -60,7 +86,7 @@ class _Block(NamedTuple):
     """One block of positions and its logits, -inf where a negative is left out."""
 
     hidden: jax.Array  # [b, D]
-    ids: jax.Array  # int32[b, K], or [K] where shared; all inside
+    at: jax.Array  # int32[b, K], or [K] where shared: rows of the table, or past its end
     rows: jax.Array  # what the logits were computed from: [K, D], [b, K, D] or [V, D]
     label: jax.Array  # float32[b]
     negatives: jax.Array  # float32[b, K]
@@ -75,8 +101,11 @@ def clean(
     log_q_labels: jax.Array | None,
     exclude: jax.Array | None,
     valid: jax.Array,
+    *,
+    shard: Shard | None = None,
 ) -> Problem:
-    inside = (labels >= 0) & (labels < table.shape[0])
+    items = table.shape[0] if shard is None else shard.items
+    inside = (labels >= 0) & (labels < items)
     return Problem(
         hidden=jnp.where(valid[:, None], hidden, jnp.zeros((), hidden.dtype)),
         table=table,
@@ -87,6 +116,7 @@ def clean(
         exclude=exclude,
         valid=valid,
         bad=valid & ~inside,
+        shard=shard,
     )
 
 
@@ -105,9 +135,10 @@ def block_size(problem: Problem, way: Way, elements: int) -> int:
 def losses(problem: Problem, objective: Objective, way: Way, block: int) -> jax.Array:
     """float32[P]; 0 where invalid, NaN where the label is bad."""
     shared = _shared_rows(problem, way)
+    everywhere = None if shared is None else problem.over_shards(shared)
 
     def some(rows: Rows, carry: jax.Array) -> jax.Array:
-        logits = _logits(problem, objective, way, rows, shared)
+        logits = _logits(problem, objective, way, rows, everywhere)
         return rows.put(carry, _value(objective, logits))
 
     empty = jnp.zeros_like(problem.hidden[:, 0], dtype=_F32)
@@ -119,13 +150,17 @@ def gradients(
     problem: Problem, objective: Objective, way: Way, block: int, g: jax.Array
 ) -> Gradients:
     """Of sum_p g_p loss_p; `g` is zero where invalid."""
-    hidden, table, labels = problem.hidden, problem.table, problem.labels
+    hidden, table = problem.hidden, problem.table
     shared = _shared_rows(problem, way)
+    everywhere = None if shared is None else problem.over_shards(shared)
     scale = _F32(objective.scale)
 
     def some(rows: Rows, carry: tuple[Gradients, jax.Array]) -> tuple[Gradients, jax.Array]:
         (d_hidden, d_rows), d_label = carry
-        logits = _logits(problem, objective, way, rows, shared)
+        logits = _logits(problem, objective, way, rows, everywhere)
+        if shared is not None:
+            # Every shard adds to the gradient of the states what its own rows give.
+            logits = logits._replace(rows=shared)
         on_label, on_negatives = _slopes(objective, logits)
         # A logit that is no number at an invalid position must not meet its zero.
         ok, gain = rows.take(problem.valid), rows.take_fresh(g) * scale
@@ -143,23 +178,22 @@ def gradients(
         hidden.shape[0], block, some, (start, jnp.zeros_like(start.hidden[:, 0]))
     )
     if way == "shared":
-        ids = _inside(problem.negatives, table.shape[0])
-        d_table = jnp.zeros_like(table, dtype=_F32).at[ids].add(d_rows.T)
+        d_table = jnp.zeros_like(table, dtype=_F32).at[_shared_at(problem)].add(d_rows.T)
     else:
         d_table = d_rows if way == "gathered" else d_rows.T
-    d_table = d_table.at[labels].add(d_label[:, None] * hidden.astype(_F32))
-    d_hidden = d_hidden + d_label[:, None] * table[labels].astype(_F32)
+    at = problem.rows_of(problem.labels)
+    d_table = d_table.at[at].add(d_label[:, None] * hidden.astype(_F32))
+    d_hidden = d_hidden + d_label[:, None] * problem.read(at).astype(_F32)
     return Gradients(d_hidden, d_table)
 
 
-def _inside(ids: jax.Array, items: int) -> jax.Array:
-    return jnp.clip(ids, 0, items - 1)
+def _shared_at(problem: Problem) -> jax.Array:
+    return problem.rows_of(jnp.clip(problem.negatives, 0, problem.items - 1))
 
 
 def _shared_rows(problem: Problem, way: Way) -> jax.Array | None:
-    if way != "shared":
-        return None
-    return problem.table[_inside(problem.negatives, problem.table.shape[0])]
+    """The negatives' rows, as far as they are in this shard."""
+    return problem.read(_shared_at(problem)) if way == "shared" else None
 
 
 def _dot(a: jax.Array, b: jax.Array, contract: tuple[int, int]) -> jax.Array:
@@ -170,11 +204,11 @@ def _dot(a: jax.Array, b: jax.Array, contract: tuple[int, int]) -> jax.Array:
 def _logits(
     problem: Problem, objective: Objective, way: Way, rows: Rows, shared: jax.Array | None
 ) -> _Block:
-    table, scale = problem.table, _F32(objective.scale)
+    scale = _F32(objective.scale)
     h, labels = rows.take(problem.hidden), rows.take(problem.labels)
     own = problem.negatives.ndim == 2
     given = rows.take(problem.negatives) if own else problem.negatives[None, :]
-    out = (given < 0) | (given >= table.shape[0])
+    out = (given < 0) | (given >= problem.items)
     if objective.mask_label:
         out = out | (given == labels[:, None])
     if problem.exclude is not None and problem.exclude.shape[1]:
@@ -182,25 +216,34 @@ def _logits(
         out = out | (given[:, :, None] == listed[:, None, :]).any(-1)
 
     if shared is not None:
-        ids, source = _inside(problem.negatives, table.shape[0]), shared
+        at, source = _shared_at(problem), shared
         z = _dot(h, source, (1, 1))
     else:
         # What is left out reads the label's row, which the position reads anyway.
-        ids = jnp.where(out, labels[:, None], given)
+        at = problem.rows_of(jnp.where(out, labels[:, None], given))
         if way == "dense":
-            source = table
-            z = jnp.take_along_axis(_dot(h, source, (1, 1)), ids, 1)
+            source = problem.table
+            z = _pick(problem, _dot(h, source, (1, 1)), at)
         else:
-            source = table[ids]
+            source = problem.read(at)
             z = jnp.einsum("bd,bkd->bk", h, source, preferred_element_type=_F32)
+        z = problem.over_shards(z)
     z = z * scale
-    label = (h.astype(_F32) * table[labels].astype(_F32)).sum(1) * scale
+    own_rows = problem.read(problem.rows_of(labels))
+    label = problem.over_shards((h.astype(_F32) * own_rows.astype(_F32)).sum(1)) * scale
     if problem.log_q is not None:
         z = z - (rows.take(problem.log_q) if own else problem.log_q[None, :])
     if problem.log_q_labels is not None:
         label = label - rows.take(problem.log_q_labels)
     label = jnp.where(rows.take(problem.bad), _F32(jnp.nan), label)
-    return _Block(h, ids, source, label, jnp.where(out, _F32(-jnp.inf), z))
+    return _Block(h, at, source, label, jnp.where(out, _F32(-jnp.inf), z))
+
+
+def _pick(problem: Problem, scores: jax.Array, at: jax.Array) -> jax.Array:
+    """scores[p, at[p, k]]; zero for the rows of other shards."""
+    if problem.shard is None:
+        return jnp.take_along_axis(scores, at, 1)
+    return jnp.take_along_axis(scores, at, 1, mode="fill", fill_value=0)
 
 
 def _pull(
@@ -213,11 +256,11 @@ def _pull(
             "bk,bkd->bd", slopes.astype(dtype), logits.rows, preferred_element_type=_F32
         )
         update = slopes[:, :, None] * h.astype(_F32)[:, None, :]
-        return d_hidden, d_rows.at[logits.ids].add(update)
+        return d_hidden, d_rows.at[logits.at].add(update)
     if way == "dense":
         everything = jnp.zeros_like(slopes, shape=(slopes.shape[0], logits.rows.shape[0]))
         owner = jnp.arange(slopes.shape[0], dtype=jnp.int32)[:, None]
-        slopes = everything.at[owner, logits.ids].add(slopes)
+        slopes = everything.at[owner, logits.at].add(slopes)
     slopes = slopes.astype(dtype)
     return _dot(slopes, logits.rows, (1, 0)), d_rows + _dot(h, slopes, (0, 0))
 

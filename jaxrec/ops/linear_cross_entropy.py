@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxrec.ops import _catalogue, _catalogue_loss, _dispatch, _manual_axes
+from jaxrec.ops import _catalogue, _catalogue_loss, _dispatch
 from jaxrec.ops._catalogue import Shard
 from jaxrec.ops._catalogue_loss import Blocks, Gradients
 
@@ -189,25 +189,9 @@ def _options(smoothing: float, shard: Shard | None) -> _Options:
 def _per_position(arguments: _Arguments, options: _Options) -> jax.Array:
     if arguments.hidden.shape[0] == 0:
         return jnp.zeros((0,), jnp.float32)
-    return _alike(options, _losses(options, *_together(options, *arguments)))
-
-
-def _together(options: _Options, *arguments: Any) -> tuple[Any, ...]:
-    """The arguments varying alike, over the items' axis too: its sums then give one result."""
-    if options.shard is None:
-        return _manual_axes.vary_together(*arguments)
-    axis = jax.lax.axis_index(options.shard.axis)
-    return _manual_axes.vary_together(*arguments, axis)[:-1]
-
-
-def _alike(options: _Options, result: jax.Array) -> jax.Array:
-    """The result, which every shard of the items has, as one that does not vary over them."""
-    return result if options.shard is None else jax.lax.pmean(result, options.shard.axis)
-
-
-def _from_all(options: _Options, g: jax.Array) -> jax.Array:
-    """The cotangents of all shards' results, each of which depends on every shard's rows."""
-    return g if options.shard is None else jax.lax.psum(g, options.shard.axis)
+    return _catalogue.alike(
+        options.shard, _losses(options, *_catalogue.together(options.shard, *arguments))
+    )
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -235,7 +219,9 @@ def _losses_backward(options: _Options, residuals: Any, g: jax.Array) -> tuple[A
         return _catalogue_loss.gradients(problem, lse, g, options.smoothing, blocks)
 
     arguments, lse = residuals
-    grads = _per_platform(options, compute, (lse, _from_all(options, g), *arguments))
+    grads = _per_platform(
+        options, compute, (lse, _catalogue.from_all(options.shard, g), *arguments)
+    )
     return _cotangents(_Arguments(*arguments), grads)
 
 
@@ -328,7 +314,9 @@ def mean_linear_cross_entropy(
     if affordable < min(ONE_PASS_POSITIONS, positions):
         shares, _ = _shares(weights, arguments.valid)
         return (shares * _per_position(arguments, options)).sum()
-    return _alike(options, _mean(options, *_together(options, *arguments, weights)))
+    return _catalogue.alike(
+        options.shard, _mean(options, *_catalogue.together(options.shard, *arguments, weights))
+    )
 
 
 def _shares(weights: jax.Array, valid: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -367,7 +355,7 @@ def _mean_forward(options: _Options, *operands: Any) -> tuple[jax.Array, Any]:
 def _mean_backward(options: _Options, residuals: Any, g: jax.Array) -> tuple[Any, ...]:
     operands, grads, d_weights = residuals
     *arguments, weights = operands
-    total = _from_all(options, g)
+    total = _catalogue.from_all(options.shard, g)
     scaled = jax.tree.map(lambda x: total * x, grads)
     d_weights = jnp.where(arguments[-1], g * d_weights, jnp.float32(0))
     return *_cotangents(_Arguments(*arguments), scaled), d_weights.astype(weights.dtype)

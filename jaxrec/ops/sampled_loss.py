@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxrec.ops import _catalogue, _dispatch, _manual_axes, _sampled
+from jaxrec.ops import _catalogue, _dispatch, _sampled
 from jaxrec.ops._sampled import Gradients, Objective, Way
 
 _NO_KERNEL = "there is no Pallas kernel for this op yet"
@@ -24,6 +24,7 @@ GATHER_COST = 24
 class _Options(NamedTuple):
     objective: Objective
     way: Way
+    shard: _catalogue.Shard | None
     cpu: int
     accelerator: int
 
@@ -45,6 +46,8 @@ def sampled_softmax_loss(
     mask_collisions: bool = False,
     exclude: Int[Array, "positions excluded"] | None = None,
     valid: Bool[Array, " positions"] | None = None,
+    item_axis: str | None = None,
+    num_items: int | None = None,
     implementation: _dispatch.Implementation | None = None,
 ) -> Float[Array, " positions"]:
     """Softmax cross-entropy of the label among itself and its sampled negatives.
@@ -72,6 +75,10 @@ def sampled_softmax_loss(
         left out. An id outside of 0..V-1 is padding.
       valid: bool [P], by default all True. Where False the loss is 0 and nothing of that position,
         NaN included, reaches a result or a gradient; its label may be anything.
+      item_axis: inside `jax.shard_map`, the mesh axis that the rows of the table are split over, in
+        order; ids are those of the whole table. Every device along it must be given the same
+        positions, labels and negatives, and gets the same result.
+      num_items: with `item_axis`, how many of all rows are items, where the last are padding.
       implementation: "xla", "pallas", or None to let the op choose.
 
     Returns:
@@ -114,6 +121,8 @@ def sampled_softmax_loss(
         mask_collisions=mask_collisions,
         exclude=exclude,
         valid=valid,
+        item_axis=item_axis,
+        num_items=num_items,
         implementation=implementation,
     )
 
@@ -128,6 +137,8 @@ def bce_loss(
     mask_collisions: bool = False,
     exclude: Int[Array, "positions excluded"] | None = None,
     valid: Bool[Array, " positions"] | None = None,
+    item_axis: str | None = None,
+    num_items: int | None = None,
     implementation: _dispatch.Implementation | None = None,
 ) -> Float[Array, " positions"]:
     """Binary cross-entropy: the label against its sampled negatives, each by itself.
@@ -161,6 +172,8 @@ def bce_loss(
         mask_collisions=mask_collisions,
         exclude=exclude,
         valid=valid,
+        item_axis=item_axis,
+        num_items=num_items,
         implementation=implementation,
     )
 
@@ -176,6 +189,8 @@ def gbce_loss(
     mask_collisions: bool = False,
     exclude: Int[Array, "positions excluded"] | None = None,
     valid: Bool[Array, " positions"] | None = None,
+    item_axis: str | None = None,
+    num_items: int | None = None,
     implementation: _dispatch.Implementation | None = None,
 ) -> Float[Array, " positions"]:
     """Generalised BCE: the label's probability to a power that undoes the overconfidence.
@@ -218,6 +233,8 @@ def gbce_loss(
         mask_collisions=mask_collisions,
         exclude=exclude,
         valid=valid,
+        item_axis=item_axis,
+        num_items=num_items,
         implementation=implementation,
     )
 
@@ -247,13 +264,16 @@ def _loss(
     mask_collisions: bool,
     exclude: Any,
     valid: Any,
+    item_axis: str | None,
+    num_items: int | None,
     implementation: str | None,
 ) -> jax.Array:
     hidden, item_table, labels, negatives = map(
         jnp.asarray, (hidden, item_table, labels, negatives)
     )
     _catalogue.check_matrices(op, hidden, item_table)
-    positions, items = hidden.shape[0], item_table.shape[0]
+    shard = _catalogue.make_shard(op, item_table, item_axis, num_items)
+    positions, items = hidden.shape[0], item_table.shape[0] if shard is None else shard.items
     _catalogue.check_integer(op, "labels", labels)
     _catalogue.check_shape(op, "labels", labels, (positions,))
     _catalogue.check_integer(op, "negatives", negatives)
@@ -291,15 +311,11 @@ def _loss(
     objective = Objective(kind, 1 / float(temperature), power, mask_collisions)
     way: Way = "shared"
     if negatives.ndim == 2:
-        way = "dense" if items < GATHER_COST * count else "gathered"
-    options = _Options(objective, way, CPU_ELEMENTS, ACCELERATOR_ELEMENTS)
+        way = "dense" if item_table.shape[0] < GATHER_COST * count else "gathered"
+    options = _Options(objective, way, shard, CPU_ELEMENTS, ACCELERATOR_ELEMENTS)
     ids = _catalogue.ids_as_int32(negatives)
-    return _losses(
-        options,
-        *_manual_axes.vary_together(
-            hidden, item_table, labels, ids, log_q, log_q_labels, exclude, valid
-        ),
-    )
+    arguments = (hidden, item_table, labels, ids, log_q, log_q_labels, exclude, valid)
+    return _catalogue.alike(shard, _losses(options, *_catalogue.together(shard, *arguments)))
 
 
 def _correction(op: str, name: str, given: Any, shape: tuple[int, ...]) -> jax.Array | None:
@@ -325,7 +341,7 @@ def _losses(options: _Options, *arguments: Any) -> jax.Array:
 
 def _losses_forward(options: _Options, *arguments: Any) -> tuple[jax.Array, Any]:
     def compute(elements: int, *arguments: Any) -> jax.Array:
-        problem = _sampled.clean(*arguments)
+        problem = _sampled.clean(*arguments, shard=options.shard)
         block = _sampled.block_size(problem, options.way, elements)
         return _sampled.losses(problem, options.objective, options.way, block)
 
@@ -334,11 +350,12 @@ def _losses_forward(options: _Options, *arguments: Any) -> tuple[jax.Array, Any]
 
 def _losses_backward(options: _Options, arguments: Any, g: jax.Array) -> tuple[Any, ...]:
     def compute(elements: int, g: jax.Array, *arguments: Any) -> Gradients:
-        problem = _sampled.clean(*arguments)
+        problem = _sampled.clean(*arguments, shard=options.shard)
         block = _sampled.block_size(problem, options.way, elements)
         return _sampled.gradients(problem, options.objective, options.way, block, g)
 
     hidden, table, *others, valid = arguments
+    g = _catalogue.from_all(options.shard, g)
     grads: Gradients = _per_platform(
         options, compute, (jnp.where(valid, g, jnp.float32(0)), *arguments)
     )
