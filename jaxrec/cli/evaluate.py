@@ -85,7 +85,7 @@ def _ranked(arguments: Arguments) -> "Report":
         data = open_data(config.data)
         split = split_data(config, data)
     elif arguments.data is not None:
-        data = open_prepared(arguments.data)
+        data = open_prepared(arguments.data, verify=True)
         split = make_split(data, arguments.split)
     else:
         raise UserError("evaluate --ranked: give --data NAME, or the run folder to judge beside")

@@ -59,11 +59,17 @@ def content_hash(manifest: Mapping[str, Any]) -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
+def manifest_hash(manifest: Mapping[str, Any]) -> str:
+    """SHA-256 of all entries but its own, in an order of their own."""
+    entries = {key: value for key, value in manifest.items() if key != "manifest_hash"}
+    return hashlib.sha256(json.dumps(entries, sort_keys=True).encode()).hexdigest()
+
+
 def read_manifest(path: Path) -> dict[str, Any]:
     """The manifest of the set at `path`.
 
     Raises:
-        UserError: where it cannot be read, is incomplete or is of a newer jaxrec.
+        UserError: where it cannot be read, is incomplete, altered or of a newer jaxrec.
     """
     file = path / MANIFEST
     try:
@@ -94,6 +100,11 @@ def read_manifest(path: Path) -> dict[str, Any]:
         complete = False
     if not complete:
         raise UserError(f"{file}: entries are missing or of the wrong type; import the set again")
+    # Sets that were made before it was written have none.
+    if manifest.get("manifest_hash", manifest_hash(manifest)) != manifest_hash(manifest):
+        raise UserError(
+            f"{file}: altered, its entries are not what was written; import the set again"
+        )
     return manifest
 
 
@@ -103,6 +114,8 @@ def check_file(file: Path, record: Mapping[str, Any], *, verify: bool) -> None:
         size = file.stat().st_size
     except OSError:
         raise UserError(f"{file}: the file is missing; import the set again") from None
+    if not file.is_file():
+        raise UserError(f"{file}: not a file; import the set again")
     if size != record["bytes"]:
         what = "truncated" if size < record["bytes"] else "altered"
         raise UserError(

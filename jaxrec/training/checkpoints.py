@@ -2,11 +2,15 @@
 
 A checkpoint holds the train state, the position of the data iterator, and what the loop itself has
 to remember. A folder that is still being written has another name, so a kill at any moment leaves
-the checkpoints before it as they were; one that is damaged all the same is passed over for the one
-before, and the loop says so.
+the checkpoints before it as they were. Checksums are written before it gets its own, and compared
+before anything is read: one that is damaged is passed over for the one before, and the loop says
+so.
 """
 
+import json
 import logging
+import math
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -22,9 +26,13 @@ from orbax.checkpoint import checkpoint_managers
 
 from jaxrec.devices import Placement
 from jaxrec.errors import UserError
+from jaxrec.training.checksums import Damaged, check_checksums, has_checksums, write_checksums
 
 _KEPT_LATEST = 2
 _SETTLE_SECONDS = 0.2
+_UNFINISHED = ocp.path.atomicity.TMP_DIR_SUFFIX
+# Beside the loop's own values: without it a checkpoint is of a version that wrote no checksums.
+_MARK = "checksums"
 
 
 class LoopState(NamedTuple):
@@ -72,32 +80,20 @@ class Checkpoints:
         # Orbax tells every save and restore at this level; the loop has its own lines.
         logging.getLogger("absl").setLevel(logging.ERROR)
         self.folder = folder
+        self._metric = metric
+        self._create = create
         self._placement = placement
-        policy = checkpoint_managers.AnyPreservationPolicy(
-            [
-                checkpoint_managers.LatestN(_KEPT_LATEST),
-                checkpoint_managers.BestN(
-                    get_metric_fn=lambda metrics: metrics[metric],
-                    n=1,
-                    keep_checkpoints_without_metrics=False,
-                ),
-            ]
-        )
-        self._manager = ocp.CheckpointManager(
-            folder,
-            options=ocp.CheckpointManagerOptions(
-                create=create,
-                read_only=not create,
-                best_fn=lambda metrics: metrics[metric],
-                best_mode="max",
-                preservation_policy=policy,
-                cleanup_tmp_directories=create,
-            ),
-            item_names=("state", "data", "loop"),
-        )
+        self._reader = ocp.Checkpointer(ocp.CompositeCheckpointHandler())
+        # Made when the first one is saved: it reads what is there, which must be whole by then.
+        self._manager: ocp.CheckpointManager | None = None
+        self._saving = -1
+        self._damaged: list[int] = []
 
     def steps(self) -> list[int]:
-        return sorted(self._manager.all_steps())
+        """Of the checkpoints on disk, damaged ones too."""
+        if not self.folder.is_dir():
+            return []
+        return sorted(int(entry.name) for entry in self.folder.iterdir() if entry.name.isdigit())
 
     def save(
         self,
@@ -108,24 +104,62 @@ class Checkpoints:
         metrics: dict[str, float] | None,
     ) -> None:
         """Saves in the background; a step that is saved already is left alone."""
-        if step in self._manager.all_steps():
+        if self._manager is None:
+            self._manager = self._open()
+        self._manager.wait_until_finished()
+        if step in self.steps():
             return
         if self._placement is not None:
             state = self._placement.take(state)
+        self._saving = step
         self._manager.save(
             step,
             args=ocp.args.Composite(
                 state=ocp.args.StandardSave(state),
                 data=grain.checkpoint.CheckpointSave(iterator),
-                loop=ocp.args.JsonSave(loop._asdict()),
+                loop=ocp.args.JsonSave(loop._asdict() | {_MARK: True}),
             ),
             metrics=metrics,
         )
+
+    def _open(self) -> ocp.CheckpointManager:
+        if not self._create:
+            raise ValueError("these checkpoints were opened to be read")
+        metric = self._metric
+        policy = checkpoint_managers.AnyPreservationPolicy(
+            [
+                checkpoint_managers.LatestN(_KEPT_LATEST),
+                checkpoint_managers.BestN(
+                    get_metric_fn=lambda metrics: metrics[metric],
+                    n=1,
+                    keep_checkpoints_without_metrics=False,
+                ),
+            ]
+        )
+        return ocp.CheckpointManager(
+            self.folder,
+            options=ocp.CheckpointManagerOptions(
+                create=True,
+                best_fn=lambda metrics: metrics[metric],
+                best_mode="max",
+                preservation_policy=policy,
+                cleanup_tmp_directories=True,
+                async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
+            ),
+            item_names=("state", "data", "loop"),
+        )
+
+    def _seal(self) -> None:
+        """Called when all items are on disk, before their folder gets its name."""
+        write_checksums(self.folder / f"{self._saving}{_UNFINISHED}", self._saving)
 
     def restore_latest(
         self, state: Any, iterator: Iterator[Any], warn: Callable[[str], None]
     ) -> Restored | None:
         """The newest checkpoint that can be read; `iterator` is moved to its position.
+
+        All checkpoints are compared with their checksums: a damaged older one could otherwise be
+        taken for the best, or be found damaged only when training has ended.
 
         Args:
           state: a state of the same structure, for shapes and placement.
@@ -135,22 +169,36 @@ class Checkpoints:
         Raises:
           UserError: there are checkpoints, and none can be read.
         """
-        steps = self.steps()
+        steps, restored = self.steps(), None
+        self._damaged = []
         for step in reversed(steps):
             try:
-                return self._restore(step, state, iterator)
+                self._check(step)
+                restored = restored or self._restore(step, state, iterator)
             except Exception as error:
-                reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-                warn(
-                    f"checkpoint {self.folder / str(step)} cannot be read "
-                    f"({type(error).__name__}: {reason[:200]}); trying the one before"
-                )
-        if steps:
+                self._damaged.append(step)
+                then = "trying the one before" if restored is None else "going on without it"
+                warn(f"checkpoint {self.folder / str(step)} cannot be read ({_why(error)}); {then}")
+        if restored is None:
+            if not steps:
+                return None
             raise UserError(
                 f"{self.folder}: none of the checkpoints {steps} can be read with this config; "
                 "was it changed? Train into a new folder, or add --overwrite"
             )
-        return None
+        best, kept = restored.loop.best_step, set(steps) - set(self._damaged)
+        if restored.loop.best is not None and best not in kept:
+            warn(
+                f"the checkpoint of the best validation, step {best}, is lost; the best of those "
+                "that are left and of those to come will be judged"
+            )
+        return restored
+
+    def _check(self, step: int, item: str | None = None) -> None:
+        """Raises Damaged unless the checkpoint is what was written."""
+        folder = self.folder / str(step)
+        if has_checksums(folder) or not _of_an_older_version(folder):
+            check_checksums(folder, step, item=item)
 
     def _restore(self, step: int, state: Any, iterator: Iterator[Any]) -> Restored:
         placement = self._placement
@@ -159,8 +207,8 @@ class Checkpoints:
         else:
             abstract = placement.stored(state)
         with _quiet_when_it_fails():
-            restored = self._manager.restore(
-                step,
+            restored = self._reader.restore(
+                self.folder / str(step),
                 args=ocp.args.Composite(
                     state=ocp.args.StandardRestore(abstract),
                     data=grain.checkpoint.CheckpointRestore(iterator),
@@ -168,13 +216,17 @@ class Checkpoints:
                 ),
             )
         state = restored["state"] if placement is None else placement.put(restored["state"])
-        return Restored(step, state, LoopState(**restored["loop"]))
+        loop = {name: value for name, value in restored["loop"].items() if name != _MARK}
+        return Restored(step, state, LoopState(**loop))
 
     def forget_after(self, step: int) -> None:
-        """Deletes the checkpoints after `step`, so that their steps can be saved again."""
-        for later in self.steps():
-            if later > step:
-                self._manager.delete(later)
+        """Deletes the checkpoints after `step`, so that their steps can be saved again.
+
+        Those that `restore_latest` found damaged are deleted too.
+        """
+        for one in self.steps():
+            if one > step or one in self._damaged:
+                _delete(self.folder / str(one))
 
     def read_parameters(self, which: str) -> tuple[int, dict[str, Any]]:
         """The parameters alone, as host arrays.
@@ -191,8 +243,7 @@ class Checkpoints:
         if which == "last":
             step = steps[-1]
         elif which == "best":
-            best = self._manager.best_step()
-            step = steps[-1] if best is None else best
+            step = self._best_step(steps)
         elif which.isdigit() and int(which) in steps:
             step = int(which)
         else:
@@ -200,13 +251,40 @@ class Checkpoints:
                 f"{self.folder}: no checkpoint {which!r}; there are best, last and steps {steps}"
             )
         try:
+            self._check(step)
             with _quiet_when_it_fails():
                 return step, self._read_parameters(self.folder / str(step) / "state")
         except Exception as error:
             raise UserError(
-                f"{self.folder / str(step)}: cannot be read ({type(error).__name__}); the "
+                f"{self.folder / str(step)}: cannot be read ({_why(error)}); the "
                 f"checkpoint is damaged; others: {[s for s in steps if s != step]}"
             ) from error
+
+    def _best_step(self, steps: list[int]) -> int:
+        """The step with the best metric, of equals the latest; the latest where none has any."""
+        values: dict[int, float] = {}
+        for step in steps:
+            try:
+                self._check(step, item="metrics")
+                value = self._read_metric(step)
+            except Exception as error:
+                raise UserError(
+                    f"{self.folder / str(step)}: its metrics cannot be read ({_why(error)}), so "
+                    f"which checkpoint is the best is not known; name one: last, or of {steps}"
+                ) from error
+            if value is not None:
+                values[step] = value
+        return max(values, key=lambda step: (values[step], step)) if values else steps[-1]
+
+    def _read_metric(self, step: int) -> float | None:
+        """None for a checkpoint that was not validated."""
+        folder = self.folder / str(step) / "metrics"
+        if not folder.exists():
+            return None
+        value = float(json.loads((folder / "metrics").read_text())[self._metric])
+        if not math.isfinite(value):
+            raise ValueError(f"{self._metric} is {value}")
+        return value
 
     @staticmethod
     def _read_parameters(path: Path) -> dict[str, Any]:
@@ -229,10 +307,39 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Until everything saved is on disk."""
-        self._manager.wait_until_finished()
+        if self._manager is not None:
+            self._manager.wait_until_finished()
 
     def close(self) -> None:
-        self._manager.close()
+        if self._manager is not None:
+            self._manager.close()
+        self._reader.close()
+
+
+def _of_an_older_version(folder: Path) -> bool:
+    """Whether the checkpoint was written without checksums, and not robbed of them."""
+    try:
+        loop = json.loads((folder / "loop" / "metadata").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(loop, dict) and _MARK not in loop
+
+
+def _why(error: Exception) -> str:
+    """What went wrong, on one line."""
+    lines = str(error).strip().splitlines() or [repr(error)]
+    return lines[0] if isinstance(error, Damaged) else f"{type(error).__name__}: {lines[0][:200]}"
+
+
+def _delete(path: Path) -> None:
+    if not path.is_dir():
+        path.unlink()
+        return
+    # Under the name of one that was never finished: a kill meanwhile leaves no half checkpoint.
+    aside = path.with_name(path.name + _UNFINISHED)
+    shutil.rmtree(aside, ignore_errors=True)
+    path.rename(aside)
+    shutil.rmtree(aside)
 
 
 @contextmanager

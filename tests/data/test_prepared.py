@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxrec.data import _store
+from jaxrec.data._manifest import manifest_hash
 from jaxrec.data._order import stable_order
 from jaxrec.data.paths import data_dir, dataset_dir, dataset_names
 from jaxrec.data.prepared import open_prepared, write_prepared
@@ -260,8 +261,10 @@ def test_unknown_set_says_what_there_is(shop, tmp_path):
 
 
 def _edit_manifest(shop, **changes):
+    """As a writer that meant it would have written it."""
     file = shop.path / "manifest.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    manifest = json.loads(file.read_text()) | changes
+    file.write_text(json.dumps(manifest | {"manifest_hash": manifest_hash(manifest)}))
 
 
 def test_verify_passes_a_whole_set(shop):
@@ -365,6 +368,50 @@ def test_a_broken_manifest(shop, text, message):
     (shop.path / "manifest.json").write_text(text)
     with pytest.raises(UserError, match=rf"manifest\.json: {message}"):
         open_prepared(shop.path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda manifest: manifest["counts"].update(users=4),
+        lambda manifest: manifest.update(tie_order="another"),
+        lambda manifest: manifest["source"].pop("kind"),
+        lambda manifest: manifest.update(manifest_hash="0" * 64),
+    ],
+)
+def test_a_manifest_whose_entries_were_changed(shop, change):
+    file = shop.path / "manifest.json"
+    manifest = json.loads(file.read_text())
+    change(manifest)
+    file.write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match=r"manifest\.json: altered, its entries are not"):
+        open_prepared(shop.path)
+
+
+def test_a_manifest_of_before_it_had_a_hash(shop):
+    file = shop.path / "manifest.json"
+    manifest = json.loads(file.read_text())
+    del manifest["manifest_hash"]
+    file.write_text(json.dumps(manifest))
+    assert open_prepared(shop.path, verify=True).hash == shop.hash
+
+
+@pytest.mark.parametrize("size", ["another", "the same"])
+def test_a_folder_in_the_place_of_a_file(shop, size):
+    file = shop.path / "users.parquet"
+    file.unlink()
+    file.mkdir()
+    if size == "the same":
+        records = shop.manifest["files"]
+        records["users.parquet"]["bytes"] = file.stat().st_size
+        _edit_manifest(shop, files=records)
+    with pytest.raises(UserError, match=r"users\.parquet: not a file"):
+        open_prepared(shop.path, verify=True)
+
+
+def test_options_that_json_writes_otherwise_are_no_damage(tmp_path):
+    made = make_set(tmp_path / "s", [0], [0], options={"ks": (1, 2), 3: 0.1, "é": None})
+    assert open_prepared(made.path, verify=True).manifest["options"]["ks"] == [1, 2]
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import pytest
 
 from jaxrec.errors import UserError
 from jaxrec.training.checkpoints import Checkpoints, LoopState
+from jaxrec.training.checksums import CHECKSUMS
 
 VALUES = {1: 0.3, 2: None, 3: 0.5, 4: 0.4, 5: None, 6: 0.2}
 LOOP = LoopState(1, 0.5, 3, 2, 1.5, 7, False)
@@ -161,7 +162,41 @@ def other_loop(step):
     (step / "loop" / "metadata").write_text(json.dumps({"epoch": 1}))
 
 
-DAMAGE = [truncate, remove_state, spoil_loop, remove_position, other_loop]
+def flip_a_bit_of_an_array(step):
+    """In the last byte of the largest file, which nothing but the checksums looks at."""
+    path = max(
+        (p for p in (step / "state").rglob("*") if p.is_file()), key=lambda p: p.stat().st_size
+    )
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(bytes(content))
+
+
+def remove_checksums(step):
+    (step / CHECKSUMS).unlink()
+
+
+def become_a_file(step):
+    shutil.rmtree(step)
+    step.write_text("")
+
+
+def take_another_step(step):
+    shutil.rmtree(step)
+    shutil.copytree(step.with_name("3"), step)
+
+
+DAMAGE = [
+    truncate,
+    remove_state,
+    spoil_loop,
+    remove_position,
+    other_loop,
+    flip_a_bit_of_an_array,
+    remove_checksums,
+    become_a_file,
+    take_another_step,
+]
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
@@ -177,8 +212,9 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(spoilt, damage):
     assert "\n" not in told[0]
 
 
-def test_what_was_passed_over_is_saved_anew(spoilt):
-    truncate(spoilt / "6")
+@pytest.mark.parametrize("damage", [truncate, become_a_file, spoil_loop])
+def test_what_was_passed_over_is_saved_anew(spoilt, damage):
+    damage(spoilt / "6")
     checkpoints = Checkpoints(spoilt, "ndcg@10", create=True)
     restored = checkpoints.restore_latest(state(0), iterator(), lambda _: None)
     checkpoints.forget_after(restored.step)
@@ -189,6 +225,94 @@ def test_what_was_passed_over_is_saved_anew(spoilt):
     checkpoints.close()
     assert step == 6
     np.testing.assert_array_equal(parameters["a"], [0, 60, 120])
+
+
+def spoil_metrics(step):
+    """Makes it the best, were it believed."""
+    (step / "metrics" / "metrics").write_text(json.dumps({"ndcg@10": 0.9, "hr@10": 0.9}))
+
+
+@pytest.mark.parametrize("damage", [truncate, spoil_metrics, shutil.rmtree])
+def test_the_best_is_missed_when_training_goes_on(spoilt, damage):
+    """It would be judged in the end; the others are as they were."""
+    damage(spoilt / "3")
+    checkpoints = Checkpoints(spoilt, "ndcg@10", create=True)
+    told = []
+    restored = checkpoints.restore_latest(state(0), iterator(), told.append)
+    assert restored.step == 6
+    if damage is not shutil.rmtree:
+        assert f"checkpoint {spoilt / '3'} cannot be read" in told.pop(0)
+    assert told == [
+        "the checkpoint of the best validation, step 3, is lost; the best of those that are left "
+        "and of those to come will be judged"
+    ]
+    checkpoints.forget_after(restored.step)
+    assert checkpoints.steps() == [5, 6]
+    checkpoints.save(7, state(7), iterator(), LOOP, {"ndcg@10": 0.1})
+    checkpoints.wait()
+    assert checkpoints.read_parameters("best")[0] == 6
+    checkpoints.close()
+
+
+def test_metrics_that_are_not_what_was_written_choose_nothing(spoilt):
+    spoil_metrics(spoilt / "6")
+    checkpoints = Checkpoints(spoilt, "ndcg@10")
+    with pytest.raises(
+        UserError, match=r"6: its metrics cannot be read \(metrics/metrics has"
+    ) as e:
+        checkpoints.read_parameters("best")
+    assert str(e.value).endswith("name one: last, or of [3, 5, 6]")
+    assert checkpoints.read_parameters("3")[0] == 3
+    checkpoints.close()
+
+
+def without_checksums(step):
+    """As versions that wrote none left it."""
+    (step / CHECKSUMS).unlink()
+    loop = json.loads((step / "loop" / "metadata").read_text())
+    assert loop.pop("checksums") is True
+    (step / "loop" / "metadata").write_text(json.dumps(loop))
+
+
+def test_checkpoints_of_before_there_were_checksums(spoilt):
+    for step in ("3", "5", "6"):
+        without_checksums(spoilt / step)
+    restored, _, told = restore(spoilt)
+    assert (restored.step, told) == (6, [])
+    assert restored.loop == LOOP._replace(epoch=6)
+    checkpoints = Checkpoints(spoilt, "ndcg@10")
+    assert checkpoints.read_parameters("best")[0] == 3
+    checkpoints.close()
+
+
+def test_equal_values_make_the_latest_the_best(tmp_path, monkeypatch):
+    monkeypatch.setitem(VALUES, 4, 0.5)
+    checkpoints = save(tmp_path / "c", [1, 3, 4])
+    assert checkpoints.read_parameters("best")[0] == 4
+    checkpoints.close()
+
+
+def test_a_kill_while_one_is_deleted_leaves_no_half_of_it(spoilt, monkeypatch):
+    truncate(spoilt / "6")
+    checkpoints = Checkpoints(spoilt, "ndcg@10", create=True)
+    restored = checkpoints.restore_latest(state(0), iterator(), lambda _: None)
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "rmtree", lambda *a, **k: None)
+        checkpoints.forget_after(restored.step)
+    checkpoints.close()
+    assert restore(spoilt)[2] == []
+    checkpoints = Checkpoints(spoilt, "ndcg@10", create=True)
+    checkpoints.save(7, state(7), iterator(), LOOP, None)
+    checkpoints.wait()
+    checkpoints.close()
+    assert sorted(entry.name for entry in spoilt.iterdir()) == ["3", "5", "7"]
+
+
+def test_what_was_opened_to_be_read_is_not_written_to(saved):
+    checkpoints = Checkpoints(saved, "ndcg@10")
+    with pytest.raises(ValueError, match="opened to be read"):
+        checkpoints.save(9, state(9), iterator(), LOOP, None)
+    checkpoints.close()
 
 
 def test_none_that_can_be_read_is_an_error(spoilt):
