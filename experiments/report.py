@@ -150,6 +150,7 @@ def benchmarks() -> str:
         "training_epoch": _training_epoch,
         "data_import": _data_import,
         "catalogue_loss": _catalogue_loss,
+        "tpu_aot": _tpu_aot,
     }
     lines = []
     for path in sorted(BENCHMARKS.glob("*.json")):
@@ -197,6 +198,20 @@ def _catalogue_loss(result: dict[str, Any]) -> str:
     return (
         f"`catalogue_loss`: the gradient of the mean for {where} takes "
         f"{rows['mean gradient']['of_dense']:.2f} of the dense form's time; {told}"
+    )
+
+
+def _tpu_aot(result: dict[str, Any]) -> str:
+    """The gradients' ratios; the rest is in the file."""
+    told = []
+    compared = [r for r in result["rows"] if r["ratio"] and "backward" in r["direction"]]
+    for op, chip in dict.fromkeys((r["op"], r["chip"]) for r in compared):
+        rows = [r for r in compared if (r["op"], r["chip"]) == (op, chip)]
+        ratios = ", ".join(f"{r['shape']} {r['ratio']:.2f}" for r in rows)
+        told.append(f"{op} on {chip}: {ratios}")
+    return (
+        f"`tpu_aot` ({result['note']}): cycles of forward and gradient, Pallas kernel over XLA's "
+        f"form; {'; '.join(told) or 'no kernel yet'}; libtpu {result['versions'].get('libtpu')}"
     )
 
 

@@ -1,0 +1,216 @@
+"""The TPU compiler's schedule of one program, as bundles times how often they run.
+
+A TPU core is a VLIW machine without reordering: the compiler packs operations into bundles, one a
+cycle, and writes them out as `*-final_bundles.txt`, with `*-final_hlo-static-per-bundle-
+utilization.txt` beside it. This module finds the loops and predicated regions in that listing. The
+format is the compiler's own and undocumented, so whatever is not understood is an error, never a
+number.
+
+Not in it: waiting for DMAs, which overlap with the bundles where a program is well made.
+"""
+
+import re
+from typing import NamedTuple
+
+# A branch takes effect after this many more bundles.
+DELAY_SLOTS = 4
+
+_BUNDLE = re.compile(r"^\s*(0x[0-9a-f]+|0)\s+(?:[A-Z]{2})?\s*:\s*>*\s*\{", re.MULTILINE)
+_REGION = re.compile(r"Start(?:/End empty)? region (\d+)")
+_BRANCH = re.compile(r"sbr\.rel (?:\((!?)(%\w+)\) )?target = \$region(\d+)")
+_COMPARE = r"{} = scmp\.(ge|lt)\.s32\.totalorder (%\w+), (\d+)\b"
+_COLUMNS = re.compile(r"^== CAPAC[A-Z]*:\n(.*)\n(.*)\n== UTILIZATION:\n", re.MULTILINE)
+
+
+class NoScheduleError(Exception):
+    """The compiler's output holds no schedule that this module can read; says what is missing."""
+
+
+class Region(NamedTuple):
+    """Bundles from `first` up to `stop`, run `times` as often as what is around them.
+
+    `kind` is "loop", "conditional", or "guard": the condition around nearly all of a loop by which
+    its first and last rounds only move data. A loop whose number of rounds is no constant has
+    `times` None and is counted once.
+    """
+
+    kind: str
+    first: int
+    stop: int
+    times: int | None
+
+
+class Bundles(NamedTuple):
+    """One program.
+
+    `cycles` counts conditional regions whenever control passes them, an upper limit, and loops
+    without a constant number of rounds once, a lower limit: `open_loops` says how many there are.
+    """
+
+    cycles: int
+    conditional: int  # of `cycles`, in conditional regions
+    bundles: int
+    open_loops: int
+    spills: int  # stores and loads of registers that did not fit, in the code
+    fills: int
+    busy: dict[str, float]  # unit -> share of its slots that is used
+    regions: tuple[Region, ...]
+
+
+def read_bundles(listing: str, utilization: str, shares: tuple[float, ...] = ()) -> Bundles:
+    """Reads the two files of one program.
+
+    Args:
+      listing: text of `*-final_bundles.txt`.
+      utilization: text of `*-final_hlo-static-per-bundle-utilization.txt`.
+      shares: how often each conditional region of some size runs, from 0 to 1, in their order in
+        the listing (`regions` has it); by default always.
+
+    Raises:
+      NoScheduleError: the text is not of the expected form.
+    """
+    texts = _split(listing)
+    regions = _regions(texts, listing)
+    columns, capacity, slots = _read_utilization(utilization)
+    if len(slots) != len(texts):
+        raise NoScheduleError(
+            f"no schedule found: {len(texts)} bundles in the listing, {len(slots)} rows of usage"
+        )
+    conditional = [r for r in regions if r.kind == "conditional"]
+    if shares and len(shares) != len(conditional):
+        raise NoScheduleError(
+            f"no schedule found: {len(shares)} shares for {len(conditional)} conditional regions"
+        )
+    share_of = dict(zip(conditional, shares, strict=bool(shares)))
+    times = [1.0] * len(texts)
+    inside = [False] * len(texts)
+    for region in regions:
+        factor = share_of.get(region, 1.0) if region.kind == "conditional" else region.times or 1
+        for place in range(region.first, region.stop):
+            times[place] *= factor
+            inside[place] |= region.kind == "conditional"
+    used = [
+        sum(t * row[c] for t, row in zip(times, slots, strict=True)) for c in range(len(columns))
+    ]
+    cycles = sum(times)
+
+    def count(column: str) -> int:
+        place = columns.index(column)
+        return sum(row[place] for row in slots)
+
+    return Bundles(
+        cycles=round(cycles),
+        conditional=round(sum(t for t, i in zip(times, inside, strict=True) if i)),
+        bundles=len(texts),
+        open_loops=sum(r.kind == "loop" and r.times is None for r in regions),
+        spills=count("VSTORE:SPILL"),
+        fills=count("VLOAD:FILL"),
+        busy={
+            name: total / (slots_a_bundle * cycles)
+            for name, total, slots_a_bundle in zip(columns, used, capacity, strict=True)
+        },
+        regions=regions,
+    )
+
+
+def _split(listing: str) -> list[str]:
+    """The text of each bundle; its place in the list is its address."""
+    starts = list(_BUNDLE.finditer(listing))
+    if not starts:
+        raise NoScheduleError("no schedule found: the listing holds no bundles")
+    addresses = [int(m.group(1), 16) for m in starts]
+    if addresses != list(range(len(starts))):
+        raise NoScheduleError("no schedule found: the bundles' addresses are not consecutive")
+    ends = [m.start() for m in starts[1:]] + [len(listing)]
+    return [listing[m.start() : end] for m, end in zip(starts, ends, strict=True)]
+
+
+def _regions(texts: list[str], listing: str) -> tuple[Region, ...]:
+    begins: dict[str, int] = {}
+    for place, text in enumerate(texts):
+        for number in _REGION.findall(text):
+            begins.setdefault(number, place)
+    # The region at the very end has no mark of its own.
+    exits = "/* exit bundle" in texts[-1] and re.search(r" (PF|CT):", texts[-1].partition("{")[0])
+    found = []
+    for place, text in enumerate(texts):
+        for negated, predicate, target in _BRANCH.findall(text):
+            if target not in begins and exits:
+                begins[target] = len(texts) - 1
+            if target not in begins:
+                raise NoScheduleError(
+                    f"no schedule found: a branch to region {target}, which is not in the listing"
+                )
+            after, to = min(place + 1 + DELAY_SLOTS, len(texts)), begins[target]
+            if to <= place:
+                rounds = _rounds(predicate, bool(negated), listing)
+                found.append(Region("loop", to, after, rounds))
+            elif to > after:
+                found.append(Region("conditional", after, to, None))
+    found.sort(key=lambda r: (r.first, -r.stop))
+    # The outermost one of each loop.
+    guards = {
+        next((r for r in found if _fills(r, loop)), None) for loop in found if loop.kind == "loop"
+    }
+    return tuple(r._replace(kind="guard") if r in guards else r for r in found)
+
+
+def _fills(region: Region, loop: Region) -> bool:
+    inside = loop.first <= region.first and region.stop <= loop.stop
+    long = 2 * (region.stop - region.first) > loop.stop - loop.first
+    return region.kind == "conditional" and inside and long
+
+
+def _rounds(predicate: str, negated: bool, listing: str) -> int | None:
+    """How often a loop runs whose closing branch is taken on `predicate`; None if not constant.
+
+    The counter starts at a constant, goes up by one, and the loop is left when it reaches another.
+    """
+    compare = re.search(_COMPARE.format(re.escape(predicate)), listing) if predicate else None
+    if compare is None or (compare.group(1) == "ge") != negated:
+        return None
+    counter, limit = _origin(compare.group(2), listing), int(compare.group(3))
+    step = re.search(rf"{re.escape(counter)} = sadd\.s32 1, (%\w+)", listing)
+    if step is None:
+        return None
+    before = _origin(step.group(1), listing)
+    phi = re.search(rf"{re.escape(before)} = sphi (%\w+|\d+), (%\w+)", listing)
+    if phi is None or _origin(phi.group(2), listing) != counter:
+        return None
+    start = _origin(phi.group(1), listing)
+    return max(limit - int(start), 1) if start.isdecimal() else None
+
+
+def _origin(register: str, listing: str) -> str:
+    """The register or number that this one is a copy of, moved or kept in memory for a while."""
+    for _ in range(8):
+        if not register.startswith("%"):
+            break
+        name = re.escape(register)
+        move = re.search(rf"{name} = smov (%\w+|\d+)\b", listing)
+        load = re.search(rf"{name} = sld (\[smem:\[#allocation\w+\]\])", listing)
+        if load is not None:
+            move = re.search(rf"sst {re.escape(load.group(1))} (%\w+)", listing)
+        if move is None:
+            break
+        register = move.group(1)
+    return register
+
+
+def _read_utilization(text: str) -> tuple[list[str], list[int], list[list[int]]]:
+    """Names of the units, slots each has in a bundle, and slots used, one row a bundle."""
+    head = _COLUMNS.search(text)
+    if head is None:
+        raise NoScheduleError("no schedule found: the usage of units has no heading")
+    columns = [name.strip() for name in head.group(1).split(",")]
+    try:
+        capacity = [int(x) for x in head.group(2).split()]
+        rows = [[int(x) for x in line.split()] for line in text[head.end() :].splitlines()]
+    except ValueError as error:
+        raise NoScheduleError(f"no schedule found: the usage of units: {error}") from None
+    if {len(columns)} != {len(capacity), *map(len, rows)}:
+        raise NoScheduleError("no schedule found: the usage of units has ragged rows")
+    missing = {"MXU", "VALU", "VSTORE:SPILL", "VLOAD:FILL"} - set(columns)
+    if missing:
+        raise NoScheduleError(f"no schedule found: no unit {', '.join(sorted(missing))}")
+    return columns, capacity, rows

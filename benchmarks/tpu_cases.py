@@ -1,0 +1,175 @@
+"""What is compiled for a TPU: each op on each of its named shapes, forward or with its gradient."""
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from benchmarks.costs import COSTS, Cost
+from jaxrec import ops
+from jaxrec.ops._dispatch import recorded
+from jaxrec_kernels import shapes
+from jaxrec_kernels.shapes import AttentionShape, CatalogueShape
+
+TIME_BUCKETS = 128
+
+
+class Case(NamedTuple):
+    """One program: an op, a shape, and whether the gradient by all float arguments is taken."""
+
+    op: str
+    shape: str
+    backward: bool
+
+    @property
+    def direction(self) -> str:
+        return "forward+backward" if self.backward else "forward"
+
+    @property
+    def size(self) -> AttentionShape | CatalogueShape:
+        """The numbers behind the shape's name."""
+        return _OPS[self.op].shapes[self.shape]
+
+    def cost(self, itemsize: int) -> Cost:
+        """FLOPs and bytes, counted by hand."""
+        return COSTS[self.op](self.size, self.backward, itemsize)
+
+
+class Program(NamedTuple):
+    """A function of arrays, and the shapes and dtypes it is called with."""
+
+    function: Callable[..., Any]
+    specs: tuple[jax.ShapeDtypeStruct, ...]
+
+
+class _Op(NamedTuple):
+    shapes: dict[str, Any]
+    # (shape, dtype, implementation) -> (f(*floats, *others), specs of floats, specs of others)
+    build: Callable[..., Any]
+
+
+def cases(
+    names: tuple[str, ...] = (),
+    shape_names: tuple[str, ...] = (),
+    directions: tuple[str, ...] = (),
+) -> Iterator[Case]:
+    """All cases of these ops, shapes and directions; no name means all of them."""
+    for op, description in _OPS.items():
+        for shape in description.shapes:
+            for backward in (False, True):
+                case = Case(op, shape, backward)
+                if (
+                    (not names or op in names)
+                    and (not shape_names or shape in shape_names)
+                    and (not directions or case.direction in directions)
+                ):
+                    yield case
+
+
+def program(case: Case, dtype: Any, implementation: str | None) -> Program:
+    """The function of a case, and its arguments' shapes."""
+    f, floats, others = _OPS[case.op].build(case.size, dtype, implementation)
+    if not case.backward:
+        return Program(f, (*floats, *others))
+
+    def total(*arguments: jax.Array) -> jax.Array:
+        # A square, so that every element has a cotangent of its own.
+        return (f(*arguments).astype(jnp.float32) ** 2).sum()
+
+    return Program(jax.grad(total, tuple(range(len(floats)))), (*floats, *others))
+
+
+def kernel_missing(case: Case, dtype: Any) -> str | None:
+    """Why no Pallas kernel takes the case on a TPU, or None if one does."""
+    forward = program(case._replace(backward=False), dtype, None)
+    with recorded() as decisions:
+        jax.eval_shape(forward.function, *forward.specs)
+    choice, platforms = next(d for d in decisions if d.choice.op == case.op)
+    if choice.implementation != "pallas":
+        return choice.reason
+    return None if "tpu" in platforms else f"the kernel is for {', '.join(platforms)}"
+
+
+def op_names() -> tuple[str, ...]:
+    return tuple(_OPS)
+
+
+def shape_names() -> tuple[str, ...]:
+    return tuple(dict.fromkeys(name for op in _OPS.values() for name in op.shapes))
+
+
+def _positional_kernel_attention(
+    shape: AttentionShape, dtype: Any, implementation: str | None
+) -> Any:
+    def f(query: Any, key: Any, value: Any, logits: Any, values: Any, ids: Any) -> Any:
+        return ops.positional_kernel_attention(
+            query,
+            key,
+            value,
+            logits,
+            values,
+            structure="toeplitz",
+            valid=ids > 0,
+            segment_ids=ids,
+            implementation=implementation,
+        )
+
+    x, ids = _rows(shape, dtype)
+    taps = jax.ShapeDtypeStruct((shape.length,), jnp.float32)
+    return f, (x, x, x, taps, taps), (ids,)
+
+
+def _hstu_attention(shape: AttentionShape, dtype: Any, implementation: str | None) -> Any:
+    def f(query: Any, key: Any, value: Any, places: Any, times: Any, seconds: Any, ids: Any) -> Any:
+        return ops.hstu_attention(
+            query,
+            key,
+            value,
+            normalizer=shape.length,
+            position_table=places,
+            time_table=times,
+            timestamps=seconds,
+            valid=ids > 0,
+            segment_ids=ids,
+            implementation=implementation,
+        )
+
+    x, ids = _rows(shape, dtype)
+    places = jax.ShapeDtypeStruct((2 * shape.length - 1,), jnp.float32)
+    times = jax.ShapeDtypeStruct((TIME_BUCKETS + 1,), jnp.float32)
+    return f, (x, x, x, places, times), (ids, ids)
+
+
+def _rows(shape: AttentionShape, dtype: Any) -> tuple[jax.ShapeDtypeStruct, ...]:
+    return (
+        jax.ShapeDtypeStruct(tuple(shape), dtype),
+        jax.ShapeDtypeStruct((shape.batch, shape.length), jnp.int32),
+    )
+
+
+def _linear_cross_entropy(shape: CatalogueShape, dtype: Any, implementation: str | None) -> Any:
+    return _loss(ops.linear_cross_entropy, shape, dtype, implementation)
+
+
+def _mean_linear_cross_entropy(
+    shape: CatalogueShape, dtype: Any, implementation: str | None
+) -> Any:
+    return _loss(ops.mean_linear_cross_entropy, shape, dtype, implementation)
+
+
+def _loss(op: Any, shape: CatalogueShape, dtype: Any, implementation: str | None) -> Any:
+    def f(hidden: Any, item_table: Any, labels: Any) -> Any:
+        return op(hidden, item_table, labels, implementation=implementation)
+
+    hidden = jax.ShapeDtypeStruct((shape.positions, shape.width), dtype)
+    table = jax.ShapeDtypeStruct((shape.items, shape.width), dtype)
+    return f, (hidden, table), (jax.ShapeDtypeStruct((shape.positions,), jnp.int32),)
+
+
+_OPS: dict[str, _Op] = {
+    "linear_cross_entropy": _Op(shapes.CATALOGUE, _linear_cross_entropy),
+    "mean_linear_cross_entropy": _Op(shapes.CATALOGUE, _mean_linear_cross_entropy),
+    "positional_kernel_attention": _Op(shapes.ATTENTION, _positional_kernel_attention),
+    "hstu_attention": _Op(shapes.ATTENTION, _hstu_attention),
+}

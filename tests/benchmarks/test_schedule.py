@@ -1,0 +1,491 @@
+"""The reader of the TPU compiler's schedules, on small listings written by hand.
+
+Mutations that these tests were seen to fail for: rounds off by the start, a guard counted as a
+condition, delay slots left out of a loop, the exit region taken for another, arrays in VMEM counted
+as main memory, a sliced operand counted whole, padding of tiles dropped, a kernel's steps that keep
+their block counted as fetches, the sum of parts without the maximum of bundles and bytes.
+"""
+
+import json
+import subprocess
+import sys
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.experimental import pallas as pl
+
+from benchmarks import costs, tpu_aot
+from benchmarks.bundles import NoScheduleError, Region, read_bundles
+from benchmarks.chips import CHIPS
+from benchmarks.hlo_text import Program, arrays_of
+from benchmarks.pallas_traffic import KernelTraffic, kernel_traffic, padded_elements
+from benchmarks.schedule import read_schedule
+from benchmarks.tpu_cases import Case, cases, kernel_missing, program
+from experiments import report
+from jaxrec import ops
+from jaxrec_kernels.shapes import ATTENTION, CATALOGUE, AttentionShape, CatalogueShape
+
+V5E = CHIPS["v5e"]
+EMPTY = ["{}"] * 4
+
+
+def listing(*bundles):
+    """A listing from (label, depth, text) or text."""
+    lines = ["= control target key start", "LB: loop body", "= control target key end", ""]
+    for address, bundle in enumerate(bundles):
+        label, depth, text = bundle if isinstance(bundle, tuple) else ("", "", bundle)
+        name = f"{address:#x}" if address else "0"
+        lines.append(f"{name:>6} {label:2} : {depth} {text}" if not label else "")
+        if label:
+            lines[-1] = f"{name:>6} {label}: {depth} {text}"
+    return "\n".join(lines) + "\n"
+
+
+def usage(rows, spills=0, fills=0):
+    """The table of units; the first bundle holds all spills and fills."""
+    head = (
+        "== CAPACTIY:\nMXU, VALU, VLOAD:FILL, VSTORE:SPILL\n    4     4     3     1\n"
+        "== UTILIZATION:\n"
+    )
+    return head + "".join(
+        f"1 2 {fills if i == 0 else 0} {spills if i == 0 else 0}\n" for i in range(rows)
+    )
+
+
+def loop(limit="20", counter="%s1 = sadd.s32 1, %s0", first=None, compare="ge"):
+    """Two bundles before, a loop of nine with its delay slots, one after."""
+    return listing(
+        "{ %s9 = smov 3  ;;  %s23 = smov %s9  ;;  %v = vlaneseq }",
+        first or "{ %v1 = vld [vmem:[%s5]] /* window: bf16[8,64] {} */ }",
+        ("LB", ">", "{ %s0 = sphi %s9, %s1 /* iteration index */ } /* Start region 7 */"),
+        ("", ">", f"{{ {counter} /* copy for cssa */ }}"),
+        f"{{ %p2 = scmp.{compare}.s32.totalorder %s1, {limit} /* loop exit test */ }}",
+        ("", ">", "{ %v2 = vadd.f32 %v, %v1 }"),
+        "{ %25 = sbr.rel (!%p2) target = $region7 }",
+        *EMPTY,
+        "{} /* exit bundle: %f.1 = custom-call(%a) */",
+    )
+
+
+def test_a_loop_counts_its_rounds():
+    found = read_bundles(loop(), usage(12, spills=2, fills=3))
+    assert found.regions == (Region("loop", 2, 11, 17),)
+    assert found.cycles == 3 + 9 * 17
+    assert (found.bundles, found.conditional, found.open_loops) == (12, 0, 0)
+    assert (found.spills, found.fills) == (2, 3)
+    assert found.busy["MXU"] == pytest.approx(1 / 4)
+    assert found.busy["VALU"] == pytest.approx(1 / 2)
+
+
+def test_a_counter_that_was_kept_in_memory():
+    kept = loop(
+        counter="%s4 = sld [smem:[#allocation2_spill]]  ;;  %s1 = sadd.s32 1, %s4",
+        first="{ %7 = sst [smem:[#allocation2_spill]] %s0 }",
+    )
+    assert read_bundles(kept, usage(12)).cycles == 3 + 9 * 17
+    other = kept.replace("sst [smem:[#allocation2_spill]] %s0", "sst [smem:[#allocation2]] %s0")
+    assert read_bundles(other, usage(12)).open_loops == 1
+
+
+def test_a_counter_that_was_moved():
+    moved = loop().replace("sphi %s9, %s1 ", "sphi %s9, %s6 ").replace("{ %v2", "{ %s6 = smov %s1")
+    assert read_bundles(moved, usage(12)).cycles == 3 + 9 * 17
+
+
+@pytest.mark.parametrize(
+    "changed", [{"limit": "%s3"}, {"counter": "%s1 = sadd.s32 2, %s0"}, {"compare": "lt"}]
+)
+def test_rounds_that_are_no_constant_are_counted_once_and_said(changed):
+    found = read_bundles(loop(**changed), usage(12))
+    assert found.open_loops == 1
+    assert found.cycles == 12
+
+
+def guarded():
+    """A loop with a condition around its body, as pipelines have, and a condition inside of it."""
+    return listing(
+        "{ %s9 = smov 0 }",
+        ("LB", ">", "{ %s0 = sphi %s9, %s1 } /* Start region 7 */"),
+        ("", ">", "{ %4 = sbr.rel (%p1) target = $region8 }"),
+        *EMPTY,
+        ("", ">", "{ %5 = sbr.rel (%p3) target = $region9 }"),
+        *EMPTY,
+        *[("", ">", "{ %v2 = vadd.f32 %v, %v1 }")] * 5,
+        *[("PF", ">", "{ %v3 = vadd.f32 %v, %v2 } /* Start region 9 */")],
+        *[("", ">", "{ %v2 = vmul.f32 %v, %v1 }")] * 6,
+        ("PF", ">", "{ %s1 = sadd.s32 1, %s0 } /* Start/End empty region 8 */"),
+        "{ %p2 = scmp.ge.s32.totalorder %s1, 10 }",
+        "{ %25 = sbr.rel (!%p2) target = $region7 }",
+        *EMPTY,
+        "{}",
+    )
+
+
+def test_the_guard_of_a_pipeline_is_no_condition():
+    found = read_bundles(guarded(), usage(32))
+    assert [r.kind for r in found.regions] == ["loop", "guard", "conditional"]
+    assert found.cycles == 2 + 30 * 10
+    assert found.conditional == 5 * 10
+    assert read_bundles(guarded(), usage(32), shares=(0.1,)).cycles == 2 + 25 * 10 + 5
+    with pytest.raises(NoScheduleError, match="2 shares for 1 conditional regions"):
+        read_bundles(guarded(), usage(32), shares=(0.1, 1.0))
+
+
+def test_a_branch_to_the_exit():
+    text = listing(
+        "{ %4 = sbr.rel (%p1) target = $region97 }",
+        *EMPTY,
+        "{ %v2 = vadd.f32 %v, %v1 }",
+        ("PF", "", "{} /* exit bundle: %f.1 = fusion(%a) */"),
+    )
+    assert read_bundles(text, usage(7)).regions == (Region("conditional", 5, 6, None),)
+    with pytest.raises(NoScheduleError, match="region 97, which is not in the listing"):
+        read_bundles(text.replace(" PF:", "   :"), usage(7))
+
+
+@pytest.mark.parametrize(
+    ("text", "table", "message"),
+    [
+        ("", usage(1), "holds no bundles"),
+        ("nothing of the kind\n", usage(1), "holds no bundles"),
+        (listing("{}", "{}").replace("0x1", "0x2"), usage(2), "not consecutive"),
+        (listing("{}", "{}"), usage(3), "2 bundles in the listing, 3 rows"),
+        (listing("{}"), "1 2 3\n", "no heading"),
+        (listing("{}"), usage(1).replace("MXU", "QXU"), "no unit MXU"),
+        (listing("{}"), usage(1) + "1 2\n", "ragged"),
+        (listing("{}"), usage(1) + "1 2 x 0\n", "invalid literal"),
+    ],
+)
+def test_what_is_not_understood_is_no_number(text, table, message):
+    with pytest.raises(NoScheduleError, match=message) as error:
+        read_bundles(text, table)
+    assert "no schedule found" in str(error.value)
+
+
+LIMIT, START = "constant(13)", "constant(0)"
+PROGRAM = """HloModule jit_f, is_scheduled=true
+
+%cond.1 (arg.2: (s32[], f32[1000,64])) -> pred[] {
+  %constant.1 = s32[]{:T(128)} constant(13)
+  %arg.2 = (s32[]{:T(128)}, /*index=1*/f32[1000,64]{1,0:T(8,128)}) parameter(0)
+  %gte.1 = s32[]{:T(128)} get-tuple-element(%arg.2), index=0
+  ROOT %lt.1 = pred[]{:T(512)} compare(%gte.1, %constant.1), direction=LT
+}
+
+%fused.1 (param_0.1: f32[1000,64], param_1.1: s32[]) -> f32[8,64] {
+  %param_0.1 = f32[1000,64]{1,0:T(8,128)} parameter(0)
+  %param_1.1 = s32[]{:T(128)} parameter(1)
+  %zero.1 = s32[]{:T(128)} constant(0)
+  ROOT %ds.1 = f32[8,64]{1,0:T(8,128)} dynamic-slice(%param_0.1, %param_1.1, %zero.1)
+}
+
+%body.1 (arg.1: (s32[], f32[1000,64])) -> (s32[], f32[1000,64]) {
+  %arg.1 = (s32[]{:T(128)}, f32[1000,64]{1,0:T(8,128)}) parameter(0)
+  %gte.3 = s32[]{:T(128)} get-tuple-element(%arg.1), index=0
+  %gte.4 = f32[1000,64]{1,0:T(8,128)} get-tuple-element(%arg.1), index=1
+  %one.1 = s32[]{:T(128)} constant(1)
+  %fusion.1 = f32[8,64]{1,0:T(8,128)S(1)} fusion(%gte.4, %gte.3), kind=kLoop, calls=%fused.1, \
+backend_config={"estimated_cycles":"70","used_scoped_memory_configs":[{"memory_space":"1",\
+"offset":"0","size":"512"}]}
+  %kernel.1 = f32[8,64]{1,0:T(8,128)} custom-call(%gte.4, %fusion.1), \
+custom_call_target="tpu_custom_call", metadata={op_name="jit(f)/add_rows/pallas_call"}
+  %add.1 = s32[]{:T(128)} add(%gte.3, %one.1)
+  ROOT %tuple.1 = (s32[]{:T(128)}, f32[1000,64]{1,0:T(8,128)}) tuple(%add.1, %gte.4)
+}
+
+ENTRY %main.1 (x.1: f32[1000,64]) -> f32[1000,64] {
+  %x.1 = f32[1000,64]{1,0:T(8,128)} parameter(0)
+  %zero.2 = s32[]{:T(128)} constant(0)
+  %copy.1 = s32[]{:T(128)} copy(%zero.2)
+  %copy-start.1 = (f32[1000,64]{1,0:T(8,128)S(1)}, f32[1000,64]{1,0:T(8,128)}, u32[]{:S(2)}) \
+copy-start(%x.1)
+  %tuple.2 = (s32[]{:T(128)}, f32[1000,64]{1,0:T(8,128)}) tuple(%copy.1, %x.1)
+  %while.1 = (s32[]{:T(128)}, f32[1000,64]{1,0:T(8,128)}) while(%tuple.2), condition=%cond.1, \
+body=%body.1
+  ROOT %fusion.2 = f32[1000,64]{1,0:T(8,128)} fusion(%x.1, %zero.2), kind=kLoop, calls=%fused.1, \
+backend_config={"estimated_cycles":"9"}
+}
+"""
+TABLE = 1000 * 128 * 4  # with padding to whole tiles
+BLOCK = 8 * 128 * 4
+
+
+def files(**changed):
+    one_bundle = listing("{}")
+    found = {
+        "17-fusion.1-02-final_bundles.txt": loop(),
+        "17-fusion.1-01-schedule-analysis_final_bundles.txt": "not a listing",
+        "17-fusion.1-00-final_hlo-static-per-bundle-utilization.txt": usage(12),
+        "18-kernel.1-72-final_bundles.txt": one_bundle,
+        "18-kernel.1-70-final_hlo-static-per-bundle-utilization.txt": usage(1, 3, 4),
+        "19-TLP-00-deduplication-map.txt": "key:fusion.1\nordinal:3\n  fusion.1\n  fusion.2\n",
+    }
+    return {k: v for k, v in (found | changed).items() if v is not None}
+
+
+TRAFFIC = [KernelTraffic("add_rows", 4, (1000, 2000, 300))]
+
+
+def test_a_program_is_the_sum_of_its_parts():
+    found = read_schedule(PROGRAM, files(), V5E, traffic=TRAFFIC, temporaries=5)
+    fusion, kernel, last = found.parts
+    assert [(p.name, p.times) for p in found.parts] == [
+        ("fusion.1", 13),
+        ("kernel.1", 13),
+        ("fusion.2", 1),
+    ]
+    assert fusion.bundles.cycles == last.bundles.cycles == 3 + 9 * 17
+    assert (fusion.estimated_cycles, fusion.vmem_bytes) == (70, 512)
+    assert fusion.bytes == BLOCK  # the slice that is read; what it makes stays in VMEM
+    assert last.bytes == BLOCK + TABLE
+    assert (kernel.kernel, kernel.bytes) == ("add_rows", 1300)  # its second input is in VMEM
+    assert found.background_bytes == TABLE
+    assert fusion.cycles(V5E) == 13 * 156
+    assert kernel.cycles(V5E) == pytest.approx(13 * 1300 / 546)
+    assert last.cycles(V5E) == pytest.approx((BLOCK + TABLE) / 546)
+    assert found.cycles == pytest.approx(sum(p.cycles(V5E) for p in found.parts))
+    assert found.bytes == 13 * (BLOCK + 1300) + BLOCK + 2 * TABLE
+    assert (found.spills, found.temporaries, found.vmem_bytes) == (7, 5, 512)
+    assert found.estimated_cycles == 13 * 70 + 9
+    assert not found.is_lower_limit
+    assert found.of("add_rows") is found.kernels[0]
+    with pytest.raises(NoScheduleError, match="0 kernels are named 'other'"):
+        found.of("other")
+
+
+def test_all_bytes_take_their_time_even_in_the_background():
+    many = PROGRAM.replace("[1000,64]", "[1000000,64]")
+    found = read_schedule(many, files(), V5E, traffic=TRAFFIC)
+    assert found.cycles == pytest.approx(found.bytes / V5E.bytes_per_cycle)
+    assert found.cycles > sum(p.cycles(V5E) for p in found.parts)
+
+
+@pytest.mark.parametrize(
+    ("text", "given", "traffic", "message"),
+    [
+        (PROGRAM, {"18-kernel.1-72-final_bundles.txt": None}, TRAFFIC, "found for %kernel.1"),
+        (PROGRAM, {"17-fusion.1-02-final_bundles.txt": None}, TRAFFIC, "found for %fusion.1"),
+        (PROGRAM, {}, [], "what kernel 'add_rows' moves is not known"),
+        (PROGRAM, {}, [KernelTraffic("add_rows", 0, None)], "give pl.pallas_call a cost_estimate"),
+        (PROGRAM.replace("constant(13)", "parameter(1)"), {}, TRAFFIC, "loop %while.1"),
+        (PROGRAM.replace("direction=LT", "direction=NE"), {}, TRAFFIC, "loop %while.1"),
+        (PROGRAM.replace("constant(1)", "constant(2)"), {}, TRAFFIC, "loop %while.1"),
+        (PROGRAM.replace("zero.2 = s32[]{:T(128)} constant(0)", "zero.2 = s32[] constant(4)"),
+         {}, TRAFFIC, "loop %while.1"),
+        (PROGRAM.replace("ENTRY ", ""), {}, TRAFFIC, "no entry"),
+        ("", {}, TRAFFIC, "no entry"),
+    ],
+)  # fmt: skip
+def test_what_is_missing_is_named(text, given, traffic, message):
+    with pytest.raises(NoScheduleError, match=message):
+        read_schedule(text, files(**given), V5E, traffic=traffic)
+
+
+def test_a_kernel_with_dmas_of_its_own_says_what_it_moves():
+    told = PROGRAM.replace(
+        'op_name="jit(f)/add_rows/pallas_call"}',
+        'op_name="jit(f)/add_rows/pallas_call"}, backend_config={"custom_call_config":'
+        '{"cost_estimate":{"flops":"1","bytes_accessed":"77"}}}',
+    )
+    found = read_schedule(told, files(), V5E, traffic=[KernelTraffic("add_rows", 0, None)])
+    assert found.of("add_rows").bytes == 77
+
+
+def test_arrays_are_padded_to_their_tiles():
+    assert arrays_of("bf16[64,1000]{0,1:T(8,128)(2,1)}")[0].bytes == 2 * 1000 * 128
+    assert arrays_of("bf16[64,1000]{1,0:T(8,128)(2,1)}")[0].bytes == 2 * 64 * 1024
+    assert arrays_of("f32[1000]{0:T(1024)}")[0].bytes == 4096
+    assert arrays_of("(s32[]{:T(128)}, pred[3]{0:T(256)S(1)})")[1] == (256, False)
+
+
+def test_the_rounds_of_nested_loops_multiply():
+    inner = Program(PROGRAM)
+    times = {step.instruction.name: step.times for step in inner.steps()}
+    assert times["fusion.1"] == 13
+    assert times["fusion.2"] == 1
+
+
+def test_bytes_of_a_kernel_follow_its_index_maps():
+    def copy(table, row, out):
+        out[...] = table[...] + row[...]
+
+    call = pl.pallas_call(
+        copy,
+        grid=(3, 5),
+        in_specs=[
+            pl.BlockSpec((8, 128), lambda i, j: (j, 0)),
+            pl.BlockSpec((1, 128), lambda i, j: (0, 0)),
+        ],
+        out_specs=pl.BlockSpec((8, 128), lambda i, j: (i, 0)),
+        out_shape=jax.ShapeDtypeStruct((24, 128), jnp.float32),
+        name="copy",
+    )
+    table = jax.ShapeDtypeStruct((40, 128), jnp.float32)
+    row = jax.ShapeDtypeStruct((1, 128), jnp.float32)
+    # The table is fetched for each i, the row once, the result written once for each i.
+    wanted = KernelTraffic("copy", 15, (15 * 8 * 512, 512, 3 * 8 * 512))
+    assert kernel_traffic(call, table, row) == [wanted]
+    chosen = partial(
+        jax.lax.platform_dependent, default=lambda t, r: (t + r)[:24], tpu=lambda t, r: call(t, r)
+    )
+    assert kernel_traffic(jax.jit(chosen), table, row) == [wanted]
+
+
+def test_padding_of_blocks():
+    assert padded_elements((100, 64), 2) == 104 * 128
+    assert padded_elements((3, 2, 64), 4) == 3 * 2 * 128
+    assert padded_elements((), 4) == 1
+
+
+def test_flops_and_bytes_against_explicit_sums():
+    p, v, d = catalogue = CatalogueShape(6, 10, 4)
+    product = sum(2 for _ in range(p) for _ in range(v) for _ in range(d))
+    assert costs.linear_cross_entropy(catalogue, False, 2).flops == product
+    assert costs.linear_cross_entropy(catalogue, True, 2).flops == 4 * product
+    assert costs.mean_linear_cross_entropy(catalogue, True, 2).flops == 3 * product
+    assert costs.linear_cross_entropy(catalogue, False, 2).bytes == 2 * (p + v) * d + 4 * p + 4 * p
+    b, n, h, w = rows = AttentionShape(2, 5, 3, 4)
+    seen = sum(2 * w for _ in range(b * h) for i in range(n) for _ in range(i + 1))
+    assert costs.hstu_attention(rows, False, 2).flops == 2 * seen
+    assert costs.hstu_attention(rows, True, 2).flops == 7 * seen
+    assert costs.positional_kernel_attention(rows, False, 2).flops == 4 * seen
+    assert costs.positional_kernel_attention(rows, True, 2).flops == 13 * seen
+    assert costs.hstu_attention(rows, False, 2).bytes == 4 * 2 * b * n * h * w
+
+
+def test_a_chip_is_as_fast_as_its_maker_says():
+    for name, teraflops in (("v5e", 197), ("v6e", 918)):
+        chip = CHIPS[name]
+        assert chip.flops_per_cycle * chip.hertz == pytest.approx(teraflops * 1e12, rel=2e-3)
+    assert V5E.bytes_per_cycle == 546
+    assert V5E.roofline_seconds(197e12, 0) == pytest.approx(1, rel=2e-3)
+    assert V5E.roofline_seconds(0, 819e9) == pytest.approx(1)
+
+
+def test_every_case_can_be_built_and_traced_for_both_directions():
+    names = set(ATTENTION) | set(CATALOGUE)
+    found = list(cases())
+    assert {c.shape for c in found} == names
+    assert len(found) == 2 * (2 * len(CATALOGUE) + 2 * len(ATTENTION))
+    for case in cases(shape_names=("n50", "v3k")):
+        f, specs = program(case, jnp.bfloat16, "xla")
+        made = jax.eval_shape(f, *specs)
+        floats = [s.shape for s in specs if s.dtype != jnp.int32]
+        if case.backward:
+            assert [g.shape for g in made] == floats
+        assert case.cost(2).flops > 0
+
+
+def test_whether_there_is_a_kernel_is_what_explain_says():
+    case = Case("linear_cross_entropy", "v3k", True)
+    specs = program(case, jnp.bfloat16, None).specs
+    choice = ops.explain("linear_cross_entropy", *specs, target="tpu")
+    wanted = None if choice.implementation == "pallas" else choice.reason
+    assert kernel_missing(case, jnp.bfloat16) == wanted
+
+
+def side(cycles, **more):
+    return {"cycles": cycles, "lower_limit": False, "temporaries": 2_000_000, **more}
+
+
+def test_the_table_says_what_is_missing(capsys):
+    row = {"op": "an_op", "shape": "n50", "direction": "forward+backward", "chip": "v5e"}
+    row |= {"roofline_cycles": 1000, "ratio": None}
+    rows = [
+        row | {"xla": side(5000), "pallas": {"missing": "there is no Pallas kernel yet"}},
+        row | {"xla": side(5000), "pallas": {"missing": "width 999"}},
+        row | {"xla": {"error": "no schedule found: x"}, "pallas": side(2500)},
+        row
+        | {
+            "xla": side(5000, lower_limit=True),
+            "pallas": side(2500, spills=0, vmem_bytes=3_000_000),
+            "ratio": 0.5,
+        },
+    ]
+    tpu_aot.Console(width=200).print(tpu_aot.table(rows))
+    shown = capsys.readouterr().out
+    assert "compiler schedules, not timings" in shown
+    for text in ("no kernel yet", "unsupported", "no schedule found", "≥ 5", "0.50", "2.0 / 2.0"):
+        assert text in shown
+
+
+def test_results_tell_the_ratios_of_gradients():
+    row = {"op": "an_op", "chip": "v5e", "direction": "forward+backward", "ratio": 0.5}
+    rows = [
+        row | {"shape": "n50"},
+        row | {"shape": "n200", "ratio": 0.25},
+        row | {"shape": "n1024", "ratio": None},
+        row | {"shape": "n50", "direction": "forward", "ratio": 9.0},
+        row | {"shape": "n50", "chip": "v6e", "ratio": 0.75},
+    ]
+    told = report._tpu_aot({"note": tpu_aot.NOTE, "versions": {"libtpu": "1"}, "rows": rows})
+    assert "not timings" in told
+    assert "an_op on v5e: n50 0.50, n200 0.25; an_op on v6e: n50 0.75; libtpu 1" in told
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"op": ("attention",)}, "--op attention: no such op; there are linear_cross_entropy"),
+        ({"shape": ("n51",)}, "--shape n51: no such shape; there are"),
+        ({"chips": ("v4",)}, "--chip v4: no such chip; there are v5e, v6e"),
+        ({"op": ("hstu_attention",), "shape": ("v3k",)}, "none of these ops has any of these"),
+    ],
+)
+def test_wrong_names_end_in_one_line(given, message, capsys):
+    assert tpu_aot.main(tpu_aot.Arguments(**given)) == 2
+    assert message in capsys.readouterr().err
+
+
+KERNEL = """
+import json, sys
+import jax, jax.numpy as jnp
+from jax.experimental import pallas as pl
+from benchmarks.schedule import compile_and_measure
+
+def scale(x, out):
+    out[...] = x[...] * 2.0
+
+block = pl.BlockSpec((256, 512), lambda i: (i, 0))
+rows = jax.ShapeDtypeStruct((200 * 256, 512), jnp.float32)
+call = pl.pallas_call(
+    scale, grid=(200,), in_specs=[block], out_specs=block, out_shape=rows, name="scale"
+)
+found = compile_and_measure(lambda x: call(x).sum(), [rows], sys.argv[1])
+part = found.of("scale")
+print(json.dumps([part.bundles.cycles, part.bytes, found.cycles, found.is_lower_limit]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chip", ["v5e", "v6e"])
+def test_a_kernel_that_is_compiled(chip):
+    pytest.importorskip("libtpu")
+    done = subprocess.run(
+        [sys.executable, "-c", KERNEL, chip], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    cycles, moved, total, lower = json.loads(done.stdout.splitlines()[-1])
+    # A vector register holds 8 x 128 numbers; a bundle stores one or two.
+    registers = 200 * 256 * 512 / 1024
+    assert 0.5 * registers <= cycles < 2 * registers, cycles
+    array = 200 * 256 * 512 * 4
+    assert moved in (array, 2 * array)  # the result may stay in VMEM
+    assert total >= moved / CHIPS[chip].bytes_per_cycle
+    assert not lower
+
+
+@pytest.mark.slow
+def test_the_command_compiles_a_case(tmp_path):
+    pytest.importorskip("libtpu")
+    path = tmp_path / "rows.json"
+    command = ["-m", "benchmarks.tpu_aot", "--op", "positional_kernel_attention", "--shape", "n50"]
+    command += ["--direction", "forward", "--chips", "v5e", "--json", str(path)]
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    (row,) = json.loads(path.read_text())["rows"]
+    assert row["xla"]["cycles"] > row["roofline_cycles"]
+    assert Case(row["op"], row["shape"], False).size == ATTENTION["n50"]
+    assert "compiler schedules, not timings" in done.stdout
