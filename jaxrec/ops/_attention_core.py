@@ -58,7 +58,7 @@ def attend(options: Options, inputs: Inputs) -> Float[Array, "batch length heads
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(options: Options, inputs: Inputs) -> Array:
-    return _forward(options, inputs)[0]
+    return forward(options, inputs)[0]
 
 
 def _clean_inputs(inputs: Inputs) -> Inputs:
@@ -69,13 +69,13 @@ def _clean_inputs(inputs: Inputs) -> Inputs:
     )
 
 
-def _forward(options: Options, inputs: Inputs) -> tuple[Array, Residuals]:
+def forward(options: Options, inputs: Inputs) -> tuple[Array, Residuals]:
     out, lse = _form(options).forward(options, _clean_inputs(inputs))
     out = clean(out, inputs.valid)
     return out, Residuals(inputs, out, lse)
 
 
-def _backward(options: Options, residuals: Residuals, d_out: Array) -> tuple[Inputs]:
+def backward(options: Options, residuals: Residuals, d_out: Array) -> tuple[Inputs]:
     inputs = residuals.inputs
     *gradients, d_bias = _form(options).backward(
         options,
@@ -88,4 +88,4 @@ def _backward(options: Options, residuals: Residuals, d_out: Array) -> tuple[Inp
     return (Inputs(d_query, d_key, d_value, None, None, None, d_bias),)
 
 
-_attend.defvjp(_forward, _backward)
+_attend.defvjp(forward, backward)

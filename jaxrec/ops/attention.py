@@ -4,6 +4,7 @@ from typing import Any
 
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxrec.ops import _positional_kernel_core as _mixing
 from jaxrec.ops._attention_core import Inputs, Options, attend, block_for
 from jaxrec.ops._attention_dropout import dropout_seeds
 from jaxrec.ops._checks import (
@@ -15,8 +16,9 @@ from jaxrec.ops._checks import (
     check_valid,
 )
 from jaxrec.ops._dispatch import Implementation, choose
+from jaxrec_kernels.positional_kernel_attention import supports
 
-_NO_KERNEL = "there is no Pallas kernel of this op yet"
+_NO_BIAS = "the kernel has no bias by distance"
 
 
 def causal_attention(
@@ -90,7 +92,13 @@ def causal_attention(
     bias = check_distance_bias(op, distance_bias, query.shape[2], query.shape[1])
     scale = check_scale(op, scale, query.shape[3])
     rate = check_dropout(op, dropout_rate, dropout_key)
-    choose(op, implementation, _NO_KERNEL)
+    unsupported = supports(query, value) if bias is None else _NO_BIAS
+    choice = choose(op, implementation, unsupported)
     seeds = dropout_seeds(dropout_key) if rate else None
-    inputs = Inputs(query, key, value, valid, segment_ids, seeds, bias)
-    return attend(Options(scale, rate, block_for(query.shape[1])), inputs)
+    if choice.implementation == "xla":
+        inputs = Inputs(query, key, value, valid, segment_ids, seeds, bias)
+        return attend(Options(scale, rate, block_for(query.shape[1])), inputs)
+    # The kernel of `positional_kernel_attention`, with nothing to mix.
+    options = _mixing.Options(scale, rate, ("identity",) * 2, (False,) * 2, kernel=True)
+    mixing = _mixing.Inputs(query, key, value, None, None, valid, segment_ids, None, seeds)
+    return _mixing.attend(options, mixing)

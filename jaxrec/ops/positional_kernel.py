@@ -7,7 +7,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxrec.ops import _attention_factors as _factors
 from jaxrec.ops import _attention_mix_tables as _tables
-from jaxrec.ops._attention_factors import Structure, Structures
+from jaxrec.ops import _positional_kernel_core as _core
+from jaxrec.ops._attention_dropout import dropout_seeds
+from jaxrec.ops._attention_factors import Factor, Structure, Structures
 from jaxrec.ops._attention_positions import segment_positions
 from jaxrec.ops._checks import (
     check_dropout,
@@ -20,9 +22,9 @@ from jaxrec.ops._checks import (
 )
 from jaxrec.ops._dispatch import Implementation, choose
 from jaxrec.ops._masking import clean
-from jaxrec.ops.attention import causal_attention
+from jaxrec_kernels.positional_kernel_attention import supports
 
-_NO_KERNEL = "there is no Pallas kernel of this op yet"
+_NO_KERNEL = "the kernel mixes within an attention only"
 # Power-law taps below this are cut off.
 _LEAST_TAP = 1e-6
 
@@ -120,19 +122,44 @@ def positional_kernel_attention(
     for name, factor in (("logit_kernel", logits), ("value_kernel", values)):
         if positions is None:
             _factors.check_reach(op, name, factor, query.shape[1])
-    choose(op, implementation, _NO_KERNEL)
+    unsupported = _unsupported(query, value, logits, values, segment_ids, positions)
+    choice = choose(op, implementation, unsupported)
     if positions is None and segment_ids is not None:
         positions = segment_positions(segment_ids, valid=valid)
-    return causal_attention(
+    inputs = _core.Inputs(
         query,
-        _factors.apply(logits, key, valid, segment_ids, positions),
-        _factors.apply(values, value, valid, segment_ids, positions),
-        valid=valid,
-        segment_ids=segment_ids,
-        scale=scale,
-        dropout_rate=dropout_rate,
-        dropout_key=dropout_key,
+        key,
+        value,
+        logits.kernel,
+        values.kernel,
+        valid,
+        segment_ids,
+        positions,
+        dropout_seeds(dropout_key) if dropout_rate else None,
     )
+    options = _core.Options(
+        scale,
+        float(dropout_rate),
+        (logits.structure, values.structure),
+        (logits.upper, values.upper),
+        kernel=choice.implementation == "pallas",
+    )
+    return _core.attend(options, inputs)
+
+
+def _unsupported(
+    query: Array,
+    value: Array,
+    logits: Factor,
+    values: Factor,
+    segment_ids: Array | None,
+    positions: Array | None,
+) -> str | None:
+    """Why the Pallas kernel cannot take a call; None if it can."""
+    full = "full" in (logits.structure, values.structure)
+    if full and (positions is not None or segment_ids is not None):
+        return "the kernel reads a full factor at the slots of a row, not at given positions"
+    return supports(query, value)
 
 
 def positional_mix(

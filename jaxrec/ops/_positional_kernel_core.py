@@ -1,0 +1,188 @@
+"""The differentiable core of positional kernel attention.
+
+XLA's form mixes keys and values, then attends; it keeps the mixed arrays for backward. The kernel
+mixes them again, and in their place keeps the arrays that it was given, which costs nothing: one
+tuple of residuals serves both.
+"""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, UInt32
+
+from jaxrec.ops import _attention_core as _attention
+from jaxrec.ops import _attention_factors as _factors
+from jaxrec.ops import _attention_mix_tables as _tables
+from jaxrec.ops._dispatch import platform_switch
+from jaxrec.ops._manual_axes import vary_together
+
+# The slot of no sequence, for the kernel.
+_NOBODY = -(2**31)
+
+
+class Options(NamedTuple):
+    """Static arguments."""
+
+    scale: float
+    dropout_rate: float
+    structures: tuple[str, str]
+    upper: tuple[bool, bool]  # a full factor is U, to be transposed
+    kernel: bool  # the Pallas kernel runs where there is one for the platform
+
+
+class Inputs(NamedTuple):
+    """The factors have a leading axis: one for all heads, or one a head."""
+
+    query: Float[Array, "batch length heads head_dim"]
+    key: Float[Array, "batch length heads head_dim"]
+    value: Float[Array, "batch length heads value_dim"]
+    logit_kernel: Float[Array, "groups ..."] | None
+    value_kernel: Float[Array, "groups ..."] | None
+    valid: Bool[Array, "batch length"] | None
+    segment_ids: Int[Array, "batch length"] | None
+    positions: Int[Array, "batch length"] | None
+    seeds: UInt32[Array, "2"] | None
+
+
+class _Residuals(NamedTuple):
+    inputs: Inputs
+    key: Array  # mixed, or as it was given
+    value: Array
+    out: Array
+    log_sum_exp: Array
+
+
+@partial(jax.jit, static_argnums=0, inline=True)
+def attend(options: Options, inputs: Inputs) -> Float[Array, "batch length heads value_dim"]:
+    if inputs.value.size == 0:
+        return jnp.zeros_like(inputs.value)
+    return _attend(options, Inputs(*vary_together(*inputs)))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(options: Options, inputs: Inputs) -> Array:
+    return _forward(options, inputs)[0]
+
+
+def _forward(options: Options, inputs: Inputs) -> tuple[Array, _Residuals]:
+    forms = {"tpu": partial(_kernel_forward, options)} if options.kernel else {}
+    found = platform_switch(partial(_xla_forward, options), forms, inputs)
+    out, lse, key, value = found
+    return out, _Residuals(inputs, key, value, out, lse)
+
+
+def _backward(options: Options, residuals: _Residuals, d_out: Array) -> tuple[Inputs]:
+    forms = {"tpu": partial(_kernel_backward, options)} if options.kernel else {}
+    gradients = platform_switch(partial(_xla_backward, options), forms, residuals, d_out)
+    return (Inputs(*gradients, None, None, None, None),)
+
+
+_attend.defvjp(_forward, _backward)
+
+
+def _mix(options: Options, inputs: Inputs, which: int, kernel: Any, x: Array) -> Array:
+    factor = _factors.Factor(options.structures[which], kernel, options.upper[which])
+    return _factors.apply(factor, x, inputs.valid, inputs.segment_ids, inputs.positions)
+
+
+def _attention_inputs(inputs: Inputs, key: Array, value: Array) -> _attention.Inputs:
+    return _attention.Inputs(
+        inputs.query, key, value, inputs.valid, inputs.segment_ids, inputs.seeds
+    )
+
+
+def _attention_options(options: Options, inputs: Inputs) -> _attention.Options:
+    block = _attention.block_for(inputs.query.shape[1])
+    return _attention.Options(options.scale, options.dropout_rate, block)
+
+
+def _xla_forward(options: Options, inputs: Inputs) -> tuple[Array, ...]:
+    key = _mix(options, inputs, 0, inputs.logit_kernel, inputs.key)
+    value = _mix(options, inputs, 1, inputs.value_kernel, inputs.value)
+    out, kept = _attention.forward(
+        _attention_options(options, inputs), _attention_inputs(inputs, key, value)
+    )
+    return out, kept.log_sum_exp, key, value
+
+
+def _xla_backward(options: Options, residuals: _Residuals, d_out: Array) -> tuple[Any, ...]:
+    inputs = residuals.inputs
+    kept = _attention.Residuals(
+        _attention_inputs(inputs, residuals.key, residuals.value),
+        residuals.out,
+        residuals.log_sum_exp,
+    )
+    (d,) = _attention.backward(_attention_options(options, inputs), kept, d_out)
+    gradients = []
+    for which, (kernel, x, g) in enumerate(
+        ((inputs.logit_kernel, inputs.key, d.key), (inputs.value_kernel, inputs.value, d.value))
+    ):
+        # What runs forward here is not read, and so not computed.
+        _, pull = jax.vjp(partial(_mix, options, inputs, which), kernel, x)
+        gradients.append(pull(g))
+    (d_logit_kernel, d_key), (d_value_kernel, d_value) = gradients
+    return d.query, d_key, d_value, d_logit_kernel, d_value_kernel
+
+
+def _table(options: Options, which: int, length: int, kernel: Any) -> Any:
+    """The factor as a lower-triangular operator float32[groups, length, length]."""
+    if kernel is None:
+        return None
+    kernel = kernel.astype(jnp.float32)
+    if options.structures[which] == "toeplitz":
+        return _tables.taps_table(kernel, length)
+    return _tables.triangle_table(kernel, upper=options.upper[which])[:, :length, :length]
+
+
+def _kernel_call(options: Options, inputs: Inputs, kernels: tuple[Any, Any]) -> tuple[Any, Any]:
+    """Operands of the kernel, and its static arguments."""
+    from jaxrec_kernels.positional_kernel_attention import tpu
+
+    length = inputs.query.shape[1]
+    ids = inputs.segment_ids
+    if inputs.valid is not None or ids is not None:
+        ids = jnp.zeros(inputs.query.shape[:2], jnp.int32) if ids is None else ids
+        ids = ids.astype(jnp.int32)
+        if inputs.valid is not None:
+            ids = jnp.where(inputs.valid, jnp.maximum(ids, _NOBODY + 1), _NOBODY)
+    tables = [_table(options, which, length, kernels[which]) for which in (0, 1)]
+    arrays = tpu.Arrays(inputs.query, inputs.key, inputs.value, ids, inputs.seeds, *tables)
+    bands = tuple(
+        kernel.shape[-1] if kernel is not None and structure == "toeplitz" else length
+        for structure, kernel in zip(options.structures, kernels, strict=True)
+    )
+    static = {
+        "scale": options.scale,
+        "dropout_rate": options.dropout_rate,
+        "bands": bands,
+        "segmented": inputs.segment_ids is not None,
+    }
+    return arrays, static
+
+
+def _kernel_forward(options: Options, inputs: Inputs) -> tuple[Array, ...]:
+    from jaxrec_kernels.positional_kernel_attention import tpu
+
+    arrays, static = _kernel_call(options, inputs, (inputs.logit_kernel, inputs.value_kernel))
+    out, lse = tpu.forward(arrays, **static)
+    return out, lse, inputs.key, inputs.value
+
+
+def _kernel_backward(options: Options, residuals: _Residuals, d_out: Array) -> tuple[Any, ...]:
+    from jaxrec_kernels.positional_kernel_attention import tpu
+
+    inputs = residuals.inputs
+    kernels = (inputs.logit_kernel, inputs.value_kernel)
+    arrays, static = _kernel_call(options, inputs, kernels)
+    found = tpu.backward(arrays, residuals.out, residuals.log_sum_exp, d_out, **static)
+    d_kernels = []
+    for which, d_table in enumerate((found.logit_table, found.value_table)):
+        if d_table is None:
+            d_kernels.append(None)
+            continue
+        length = inputs.query.shape[1]
+        _, pull = jax.vjp(partial(_table, options, which, length), kernels[which])
+        d_kernels.append(pull(d_table)[0])
+    return found.query, found.key, found.value, *d_kernels

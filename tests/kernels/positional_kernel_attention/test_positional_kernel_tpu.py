@@ -1,0 +1,222 @@
+"""The TPU kernel of positional kernel attention, interpreted, against the op's XLA form in float32
+and the literal float64 form.
+
+Mutations seen to fail: the two triangles swapped, `<` for `<=` in the causal mask, the segment mask
+left out of the mix or of the logits, padding not cleaned (NaN), the scale left out of dQ, dK' not
+multiplied by it, the operator not turned for dK, a band one too narrow, table gradients overwritten
+instead of added, statistics of the wrong head, dropout bits of another row.
+"""
+
+import functools
+from contextlib import contextmanager
+
+import attention_cases as cases
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from attention_cases import close, draw
+from jax.experimental.pallas import tpu as pltpu
+from oracles import positional_kernel as oracle
+
+from jaxrec import ops
+from jaxrec.ops import _dispatch, _positional_kernel_core
+from jaxrec.ops._attention_dropout import keep_mask
+from jaxrec_kernels.attention_dropout import keep_bits
+from jaxrec_kernels.positional_kernel_attention import tpu
+
+pka = ops.positional_kernel_attention
+
+TAPS, FULL, NONE = "toeplitz", "full", "identity"
+
+
+@contextmanager
+def on_kernel(interpret=True):
+    """Inside, ops run their TPU kernel, interpreted."""
+
+    def forced(xla, kernels, *operands):
+        return kernels["tpu"](*operands) if "tpu" in kernels else switch(xla, kernels, *operands)
+
+    switch = _dispatch.platform_switch
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_positional_kernel_core, "platform_switch", forced)
+        for name in ("forward", "backward"):
+            patch.setattr(tpu, name, functools.partial(getattr(tpu, name), interpret=interpret))
+        # What was traced outside does not hold inside, nor the other way around.
+        _positional_kernel_core.attend.clear_cache()
+        yield
+    _positional_kernel_core.attend.clear_cache()
+
+
+class Case:
+    """Arrays of a call of the op, and the call."""
+
+    def __init__(
+        self, shape, pattern, structure, *, dtype=jnp.float32, heads=None, band=None, rate=0.0
+    ):
+        batch, length, count, width = shape
+        rng = np.random.default_rng(7)
+        self.valid, self.ids = cases.rows(pattern, batch, length)
+        q, k, v = cases.qkv(rng, batch, length, count, width, width)
+
+        def factor(name):
+            if name == NONE:
+                return None
+            lead = () if heads is None else (heads,)
+            inner = (band or length,) if name == TAPS else (length, length)
+            return draw(rng, *lead, *inner) * 0.3
+
+        self.structure, self.rate = structure, rate
+        self.factors = [factor(name) for name in structure]
+        self.arrays = [jnp.asarray(x, dtype) for x in (q, k, v)]
+        self.arrays += [jnp.asarray(x) for x in self.factors if x is not None]
+        self.d_out = jnp.asarray(draw(rng, batch, length, count, width), dtype)
+
+    def op(self, q, k, v, *factors):
+        given = iter(factors)
+        u, w = (None if factor is None else next(given) for factor in self.factors)
+        return pka(
+            q,
+            k,
+            v,
+            u,
+            w,
+            structure=self.structure,
+            valid=self.valid,
+            segment_ids=self.ids,
+            dropout_rate=self.rate,
+            dropout_key=jax.random.key(3),
+        )
+
+    def run(self, arrays=None):
+        def both(arrays, d_out):
+            out, pull = jax.vjp(self.op, *arrays)
+            return [out, *pull(d_out)]
+
+        arrays = self.arrays if arrays is None else arrays
+        return jax.jit(both, compiler_options=cases.QUICK)(arrays, self.d_out)
+
+    def names(self):
+        factors = zip("ul", self.factors, strict=True)
+        return ["out", "dq", "dk", "dv", *(f"d{n}" for n, x in factors if x is not None)]
+
+
+def run_on_kernel(case, interpret=True, arrays=None):
+    with on_kernel(interpret):
+        return case.run(arrays)
+
+
+# Fills what was never written with NaN; several times slower.
+NAN = pltpu.InterpretParams(uninitialized_memory="nan", out_of_bounds_reads="raise")
+
+GRID = [
+    ((2, 20, 1, 16), "plain", (TAPS, TAPS), {}),
+    ((8, 50, 1, 64), "left", (TAPS, TAPS), {}),
+    ((4, 140, 1, 64), "packed_holes", (TAPS, TAPS), {}),
+    ((3, 140, 2, 64), "plain", (FULL, TAPS), {}),
+    ((3, 140, 2, 64), "empty_rows", (NONE, FULL), {}),
+    ((2, 140, 4, 64), "right", (TAPS, TAPS), {"heads": 4}),
+    ((4, 72, 2, 32), "packed", (TAPS, NONE), {"heads": 2}),
+    ((2, 300, 2, 64), "packed_holes", (TAPS, TAPS), {"band": 10}),
+    ((2, 200, 1, 128), "interleaved", (TAPS, TAPS), {"rate": 0.3}),
+    ((3, 50, 1, 50), "packed", (NONE, NONE), {"rate": 0.3}),
+]
+
+
+@pytest.mark.parametrize(
+    ("shape", "pattern", "structure", "options"), GRID, ids=[f"{s}-{p}" for s, p, *_ in GRID]
+)
+def test_values_and_gradients_are_those_of_xla(shape, pattern, structure, options):
+    case = Case(shape, pattern, structure, **options)
+    got = run_on_kernel(case)
+    for name, a, b in zip(case.names(), got, case.run(), strict=True):
+        assert a.dtype == b.dtype
+        close(a, b, 5e-6, name)
+
+
+def test_the_literal_form_in_float64():
+    case = Case((2, 36, 2, 16), "packed_holes", (TAPS, TAPS), heads=2, band=9)
+    got = run_on_kernel(case)[0]
+    q, k, v, u, w = map(np.asarray, case.arrays)
+    wanted = oracle.positional_kernel_attention(
+        q, k, v, u, w, structure=(TAPS, TAPS), valid=case.valid, segment_ids=case.ids
+    )
+    close(got, wanted, 2e-6)
+
+
+def test_no_races_and_bfloat16():
+    case = Case((4, 140, 1, 64), "packed", (TAPS, TAPS), dtype=jnp.bfloat16)
+    races = pltpu.InterpretParams(
+        detect_races=True, uninitialized_memory="nan", out_of_bounds_reads="raise"
+    )
+    got = run_on_kernel(case, races)
+    exact = Case((4, 140, 1, 64), "packed", (TAPS, TAPS))
+    rounded = [x.astype(jnp.float32) for x in case.arrays]
+    exact.d_out = case.d_out.astype(jnp.float32)
+    for name, a, b in zip(case.names(), got, exact.run(rounded), strict=True):
+        close(a.astype(jnp.float32), b, 2e-2, name)
+
+
+def test_padding_and_what_was_never_written_are_read_by_nobody():
+    case = Case((4, 40, 1, 64), "packed_holes", (TAPS, TAPS))
+    hole = jnp.asarray(~case.valid)[:, :, None, None]
+    dirty = [jnp.where(hole, jnp.nan, x) for x in case.arrays[:3]] + case.arrays[3:]
+    for name, a, b in zip(
+        case.names(), run_on_kernel(case, NAN, dirty), run_on_kernel(case), strict=True
+    ):
+        close(a, b, 2e-6, name)
+        if name in ("out", "dq", "dk", "dv"):
+            assert not np.asarray(a)[~case.valid].any(), name
+
+
+def test_causal_attention_has_the_same_kernel(rng):
+    arrays = [jnp.asarray(x) for x in cases.qkv(rng, 2, 30, 2, 16, 16)]
+    run = jax.jit(functools.partial(ops.causal_attention, implementation="pallas"))
+    with on_kernel():
+        got = run(*arrays)
+    close(got, ops.causal_attention(*arrays, implementation="xla"), 2e-6)
+
+
+def test_dropout_bits_are_those_of_the_op():
+    seeds = jnp.array([123456789, 4111222333], jnp.uint32)
+    batch, heads, length = 2, 3, 37
+    wanted = keep_mask(
+        seeds,
+        0.3,
+        batch=batch,
+        heads=heads,
+        length=length,
+        rows=jnp.arange(length),
+        cols=jnp.arange(length),
+    )
+    words = jax.lax.bitcast_convert_type(seeds, jnp.int32)
+    row = jnp.arange(batch * heads * length, dtype=jnp.int32).reshape(batch, heads, length, 1)
+    column = jnp.arange(length, dtype=jnp.int32).reshape(1, 1, 1, length)
+    np.testing.assert_array_equal(keep_bits(words[0], words[1], row, column, 0.3), wanted)
+
+
+def test_what_runs_is_told():
+    def spec(*shape, dtype=jnp.float32):
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    def asked(*shape, dtype=jnp.float32, **options):
+        x = spec(*shape, dtype=dtype)
+        taps = spec(shape[1])
+        return ops.explain(pka, x, x, x, taps, taps, target="tpu", **options)
+
+    assert asked(4, 200, 1, 64).implementation == "pallas"
+    assert asked(4, 200, 1, 64, implementation="xla").implementation == "xla"
+    assert "up to 1024, not 2000" in asked(4, 2000, 1, 64).reason
+    assert "3 heads of 48" in asked(4, 200, 3, 48).reason
+    assert asked(4, 200, 2, 48).implementation == "pallas"
+    x = spec(4, 200, 1, 64)
+    full = spec(200, 200)
+    ids = spec(4, 200, dtype=jnp.int32)
+    choice = ops.explain(pka, x, x, x, full, full, structure="full", segment_ids=ids, target="tpu")
+    assert "at the slots of a row" in choice.reason
+    with pytest.raises(ValueError, match="cannot run: the kernel is for lengths up to 1024"):
+        asked(4, 2000, 1, 64, implementation="pallas")
+    assert (
+        "no bias by distance"
+        in ops.explain("causal_attention", x, x, x, distance_bias=spec(200), target="tpu").reason
+    )
