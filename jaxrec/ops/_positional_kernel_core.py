@@ -5,6 +5,7 @@ mixes them again, and in their place keeps the arrays that it was given, which c
 tuple of residuals serves both.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -67,19 +68,25 @@ def _attend(options: Options, inputs: Inputs) -> Array:
 
 
 def _forward(options: Options, inputs: Inputs) -> tuple[Array, _Residuals]:
-    forms = {"tpu": partial(_kernel_forward, options)} if options.kernel else {}
-    found = platform_switch(partial(_xla_forward, options), forms, inputs)
-    out, lse, key, value = found
+    xla, kernels = partial(_xla_forward, options), _on_tpu(options, _kernel_forward)
+    out, lse, key, value = platform_switch(xla, kernels, inputs)
     return out, _Residuals(inputs, key, value, out, lse)
 
 
 def _backward(options: Options, residuals: _Residuals, d_out: Array) -> tuple[Inputs]:
-    forms = {"tpu": partial(_kernel_backward, options)} if options.kernel else {}
-    gradients = platform_switch(partial(_xla_backward, options), forms, residuals, d_out)
-    return (Inputs(*gradients, None, None, None, None),)
+    xla, kernels = partial(_xla_backward, options), _on_tpu(options, _kernel_backward)
+    return (platform_switch(xla, kernels, residuals, d_out),)
 
 
 _attend.defvjp(_forward, _backward)
+
+
+def _on_tpu(options: Options, function: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
+    return {"tpu": partial(function, options)} if options.kernel else {}
+
+
+def _gradients(query: Any, key: Any, value: Any, logit_kernel: Any, value_kernel: Any) -> Inputs:
+    return Inputs(query, key, value, logit_kernel, value_kernel, None, None, None, None)
 
 
 def _mix(options: Options, inputs: Inputs, which: int, kernel: Any, x: Array) -> Array:
@@ -107,7 +114,7 @@ def _xla_forward(options: Options, inputs: Inputs) -> tuple[Array, ...]:
     return out, kept.log_sum_exp, key, value
 
 
-def _xla_backward(options: Options, residuals: _Residuals, d_out: Array) -> tuple[Any, ...]:
+def _xla_backward(options: Options, residuals: _Residuals, d_out: Array) -> Inputs:
     inputs = residuals.inputs
     kept = _attention.Residuals(
         _attention_inputs(inputs, residuals.key, residuals.value),
@@ -123,7 +130,7 @@ def _xla_backward(options: Options, residuals: _Residuals, d_out: Array) -> tupl
         _, pull = jax.vjp(partial(_mix, options, inputs, which), kernel, x)
         gradients.append(pull(g))
     (d_logit_kernel, d_key), (d_value_kernel, d_value) = gradients
-    return d.query, d_key, d_value, d_logit_kernel, d_value_kernel
+    return _gradients(d.query, d_key, d_value, d_logit_kernel, d_value_kernel)
 
 
 def _table(options: Options, which: int, length: int, kernel: Any) -> Any:
@@ -170,14 +177,14 @@ def _kernel_forward(options: Options, inputs: Inputs) -> tuple[Array, ...]:
     return out, lse, inputs.key, inputs.value
 
 
-def _kernel_backward(options: Options, residuals: _Residuals, d_out: Array) -> tuple[Any, ...]:
+def _kernel_backward(options: Options, residuals: _Residuals, d_out: Array) -> Inputs:
     from jaxrec_kernels.positional_kernel_attention import tpu
 
     inputs = residuals.inputs
     kernels = (inputs.logit_kernel, inputs.value_kernel)
     arrays, static = _kernel_call(options, inputs, kernels)
     found = tpu.backward(arrays, residuals.out, residuals.log_sum_exp, d_out, **static)
-    d_kernels = []
+    d_kernels: list[Any] = []
     for which, d_table in enumerate((found.logit_table, found.value_table)):
         if d_table is None:
             d_kernels.append(None)
@@ -185,4 +192,4 @@ def _kernel_backward(options: Options, residuals: _Residuals, d_out: Array) -> t
         length = inputs.query.shape[1]
         _, pull = jax.vjp(partial(_table, options, which, length), kernels[which])
         d_kernels.append(pull(d_table)[0])
-    return found.query, found.key, found.value, *d_kernels
+    return _gradients(found.query, found.key, found.value, *d_kernels)

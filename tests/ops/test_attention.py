@@ -391,7 +391,10 @@ def test_dropout_is_a_function_of_the_key(rng):
         ({"dropout_rate": 1.0}, r"dropout_rate must be a Python number in \[0, 1\)"),
         ({"dropout_rate": -0.1}, "dropout_rate must be"),
         ({"dropout_rate": 0.1}, "needs a dropout_key"),
-        ({"implementation": "pallas"}, "cannot run: there is no Pallas kernel of this op yet"),
+        (
+            {"implementation": "pallas", "distance_bias": np.zeros(5, np.float32)},
+            "cannot run: the kernel has no bias by distance",
+        ),
         ({"implementation": "cudnn"}, "implementation must be one of"),
     ],
 )

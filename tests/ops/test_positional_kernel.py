@@ -562,7 +562,7 @@ def test_structure_is_told_from_the_shape(rng):
         ({"positions": np.zeros((6,), np.int32)}, r"positions must be \[batch, length\]"),
         ({"positions": np.zeros((1, 6), np.float32)}, "positions must be integer"),
         ({"dropout_rate": 0.5}, "needs a dropout_key"),
-        ({"implementation": "pallas"}, "there is no Pallas kernel of this op yet"),
+        ({"implementation": "pallas"}, "cannot run: 2 heads of 4 do not fill"),
         ({"key": np.zeros((1, 6, 1, 4), np.float32)}, "must have the same shape"),
     ],
 )
@@ -583,7 +583,7 @@ def test_errors_of_the_mix():
         (None, {"x": x[0]}, r"x must be \[batch, length, heads, width\]"),
         (np.ones((5, 5), np.float32), {"x": x}, "shorter than the sequence"),
         (np.ones((2, 2), np.float32), {"x": x}, "say which"),
-        (None, {"x": x, "implementation": "pallas"}, "no Pallas kernel"),
+        (None, {"x": x, "implementation": "pallas"}, "mixes within an attention only"),
     ]:
         with pytest.raises(ValueError, match=message):
             ops.positional_mix(kernel, **arguments)

@@ -232,7 +232,8 @@ class _Operator(NamedTuple):
 
 def _operators(slab: _Slab, mix: Mix) -> list[_Operator]:
     """The members sorted by the operator that is theirs."""
-    spec, found = slab.spec, {}
+    spec = slab.spec
+    found: dict[tuple[int, int], list[Member]] = {}
     for member in spec.members:
         table = member.head if mix.groups > 1 else 0
         row = member.row if spec.segmented else 0
@@ -288,7 +289,8 @@ class _Weights:
     """How the weights of a member's tile follow from its logits."""
 
     def __init__(self, slab: _Slab, member: Member, first_head: Any, batch_row: Any) -> None:
-        self.spec, self.ids, self.seeds = slab.spec, slab.ids[member.row], slab.refs.get("seeds")
+        self.spec, self.ids = slab.spec, slab.ids[member.row]
+        self.seeds: Any = slab.refs.get("seeds")
         # Where the member's rows of weights begin among all of the batch.
         whole = (batch_row + member.row) * self.spec.heads + first_head + member.head
         self.start = whole * self.spec.length
@@ -365,24 +367,25 @@ def _forward_member(
     spec, refs, at = slab.spec, slab.refs, slice(*queries)
     values = refs[_kept("value_down")]
     query = _only(spec, [member], refs[_kept("q")][at])
-    largest = total = out = None
+    # The largest logit so far, the sum of weights, and that of weighted values.
+    state: tuple[Array, Array, Array] | None = None
     for keys in _key_tiles(queries[1]):
         mask = weights_of.visible(keys, queries)
         logits = _logits(mixed.factor, mask, mixed.key[slice(*keys)], query)
         top = jnp.max(logits, axis=0, keepdims=True)
-        if largest is not None:
-            top = jnp.maximum(top, largest)
+        if state is not None:
+            top = jnp.maximum(top, state[0])
         weights = jnp.exp2(logits - top)
         part = jnp.sum(weights, axis=0, keepdims=True)
         if spec.dropout_rate:
             weights = weights * weights_of.kept(keys, queries)
         product = _dot(values[member.lanes, slice(*keys)], weights.astype(values.dtype), (1, 0))
-        if largest is None:
-            total, out = part, product
-        else:
-            shrink = jnp.exp2(largest - top)
-            total, out = total * shrink + part, out * shrink + product
-        largest = top
+        if state is not None:
+            shrink = jnp.exp2(state[0] - top)
+            part, product = state[1] * shrink + part, state[2] * shrink + product
+        state = top, part, product
+    assert state is not None
+    largest, total, out = state
     refs[_kept("out")][member.lanes, : at.stop - at.start] = out / total
     lse = (largest + jnp.log2(total)) * _F32(1 / _LOG2E)
     refs["lse"][slab.first_row + member.row, member.here, at] = lse
