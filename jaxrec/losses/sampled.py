@@ -1,12 +1,16 @@
 """Objectives over the target and negatives drawn anew in every step.
 
-All three draw uniformly from the catalogue with replacement and take the mean over valid positions.
-They share these arguments:
+All three draw from the catalogue with replacement and take the mean over valid positions. They
+share these arguments:
 
 - `key`: a random key; `own_items`: int32[positions, E], the items of each position's own sequence,
-  -1 where padding. Training hands both in.
+  -1 where padding; `item_counts`: float32[items], how often each item is a training event; where
+  the item table is split over devices, `item_axis` and `num_items` as in `ops.bce_loss`. Training
+  hands these in.
 - `negatives`: how many.
 - `sharing`: "position", every position draws its own; "batch", all positions use the same.
+- `sampling`: "uniform", or "popularity": an item is drawn in proportion to its count to the power
+  of `sampling_power`.
 - `temperature`: scores are divided by it.
 - `avoid`: "nothing", a negative may be any item; "target", one equal to the position's target is
   left out; "sequence", no negative is an item of the position's sequence. A position's own negative
@@ -16,7 +20,7 @@ They share these arguments:
 """
 
 import math
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +30,7 @@ from jaxtyping import Bool, Float, Int
 from jaxrec import ops
 
 Sharing = Literal["position", "batch"]
+Sampling = Literal["uniform", "popularity"]
 Avoid = Literal["nothing", "target", "sequence"]
 
 _REDRAWS = 3
@@ -41,28 +46,41 @@ def sampled_softmax(
     *,
     key: Array,
     own_items: Int[Array, "positions own"],
+    item_counts: Float[Array, " items"] | None = None,
     negatives: int = 256,
     sharing: Sharing = "position",
+    sampling: Sampling = "uniform",
+    sampling_power: float = 1.0,
     temperature: float = 1.0,
     avoid: Avoid = "nothing",
     correction: bool = False,
+    item_axis: str | None = None,
+    num_items: int | None = None,
 ) -> Float[Array, ""]:
     """Mean cross-entropy of the next item among itself and its negatives.
 
     mean_p [ log( exp z_p0 + sum_k exp z_pk ) - z_p0 ], by `ops.sampled_softmax_loss`.
 
-    With `correction`, log(negatives / items) is subtracted from the negatives' scores, so that
-    their sum estimates the one over the catalogue.
+    With `correction`, log(negatives q(item)) is subtracted from a negative's score, q being the
+    distribution that it was drawn from, so that their sum estimates the one over the catalogue.
 
     Source: Klenitskiy and Vasilev, "Turning dross into gold loss" (RecSys 2023); negatives of each
     position's own as in Tikhonovich et al., "eSASRec" (RecSys 2025).
     """
-    ids, options = _draw(key, item_table, targets, own_items, negatives, sharing, avoid)
+    source = _source(item_table, num_items, item_counts, sampling, sampling_power)
+    ids, options = _draw(key, source, targets, own_items, negatives, sharing, avoid)
     if correction:
-        log_q = math.log(negatives / item_table.shape[0])
-        options["log_q"] = jnp.full(ids.shape, log_q, jnp.float32)
+        options["log_q"] = math.log(negatives) + source.log_probability(ids)
     losses = ops.sampled_softmax_loss(
-        hidden, item_table, targets, ids, valid=valid, temperature=temperature, **options
+        hidden,
+        item_table,
+        targets,
+        ids,
+        valid=valid,
+        temperature=temperature,
+        item_axis=item_axis,
+        num_items=num_items,
+        **options,
     )
     return _mean(losses, valid)
 
@@ -75,10 +93,15 @@ def bce(
     *,
     key: Array,
     own_items: Int[Array, "positions own"],
+    item_counts: Float[Array, " items"] | None = None,
     negatives: int = 1,
     sharing: Sharing = "position",
+    sampling: Sampling = "uniform",
+    sampling_power: float = 1.0,
     temperature: float = 1.0,
     avoid: Avoid = "sequence",
+    item_axis: str | None = None,
+    num_items: int | None = None,
 ) -> Float[Array, ""]:
     """Mean binary cross-entropy of the next item against its negatives: SASRec's own objective.
 
@@ -89,9 +112,18 @@ def bce(
 
     Source: Kang and McAuley, "Self-attentive sequential recommendation" (ICDM 2018), section III-E.
     """
-    ids, options = _draw(key, item_table, targets, own_items, negatives, sharing, avoid)
+    source = _source(item_table, num_items, item_counts, sampling, sampling_power)
+    ids, options = _draw(key, source, targets, own_items, negatives, sharing, avoid)
     losses = ops.bce_loss(
-        hidden, item_table, targets, ids, valid=valid, temperature=temperature, **options
+        hidden,
+        item_table,
+        targets,
+        ids,
+        valid=valid,
+        temperature=temperature,
+        item_axis=item_axis,
+        num_items=num_items,
+        **options,
     )
     return _mean(losses, valid)
 
@@ -104,11 +136,16 @@ def gbce(
     *,
     key: Array,
     own_items: Int[Array, "positions own"],
+    item_counts: Float[Array, " items"] | None = None,
     negatives: int = 256,
     sharing: Sharing = "position",
+    sampling: Sampling = "uniform",
+    sampling_power: float = 1.0,
     temperature: float = 1.0,
     avoid: Avoid = "nothing",
     t: float = 0.75,
+    item_axis: str | None = None,
+    num_items: int | None = None,
 ) -> Float[Array, ""]:
     """Mean generalised binary cross-entropy, which undoes the overconfidence of few negatives.
 
@@ -117,16 +154,57 @@ def gbce(
 
     Source: Petrov and Macdonald, "gSASRec" (RecSys 2023).
     """
-    ids, options = _draw(key, item_table, targets, own_items, negatives, sharing, avoid)
+    source = _source(item_table, num_items, item_counts, sampling, sampling_power)
+    ids, options = _draw(key, source, targets, own_items, negatives, sharing, avoid)
     losses = ops.gbce_loss(
-        hidden, item_table, targets, ids, t=t, valid=valid, temperature=temperature, **options
+        hidden,
+        item_table,
+        targets,
+        ids,
+        t=t,
+        valid=valid,
+        temperature=temperature,
+        item_axis=item_axis,
+        num_items=num_items,
+        **options,
     )
     return _mean(losses, valid)
 
 
+class _Source(NamedTuple):
+    """What negatives are drawn from."""
+
+    items: int
+    weights: Array | None  # float32[items]; None for equal ones
+
+    def draw(self, key: Array, shape: tuple[int, ...]) -> Array:
+        return ops.sample_items(key, self.items, shape, weights=self.weights)
+
+    def log_probability(self, ids: Array) -> Array:
+        """float32 like `ids`; any number for an id that is none."""
+        if self.weights is None:
+            return jnp.full(ids.shape, -math.log(self.items), jnp.float32)
+        return jnp.log(self.weights / self.weights.sum())[jnp.maximum(ids, 0)]
+
+
+def _source(
+    item_table: Array, num_items: int | None, counts: Array | None, sampling: str, power: float
+) -> _Source:
+    items = item_table.shape[0] if num_items is None else num_items
+    if sampling == "uniform":
+        return _Source(items, None)
+    if sampling != "popularity":
+        raise ValueError(f"sampling must be 'uniform' or 'popularity', got {sampling!r}")
+    if counts is None:
+        raise ValueError("sampling='popularity' needs item_counts")
+    # An item that was never seen stays one that is never drawn, with power 0 too.
+    counts = counts.astype(jnp.float32)
+    return _Source(items, jnp.where(counts > 0, counts**power, jnp.float32(0)))
+
+
 def _draw(
     key: Array,
-    item_table: Array,
+    source: _Source,
     targets: Array,
     own_items: Array,
     negatives: int,
@@ -134,19 +212,18 @@ def _draw(
     avoid: str,
 ) -> tuple[Array, dict[str, Any]]:
     """Negatives, and the options that make an op leave out what it must."""
-    items = item_table.shape[0]
     if sharing == "batch":
-        ids = ops.sample_items(key, items, (negatives,))
+        ids = source.draw(key, (negatives,))
         if avoid == "sequence":
             return ids, {"exclude": own_items}
         return ids, _masks(avoid)
     shape = (targets.shape[0], negatives)
     first, *others = jax.random.split(key, 1 + _REDRAWS)
-    ids = ops.sample_items(first, items, shape)
+    ids = source.draw(first, shape)
     if avoid != "sequence":
         return ids, _masks(avoid)
     for again in others:
-        ids = jnp.where(_in_rows(own_items, ids), ops.sample_items(again, items, shape), ids)
+        ids = jnp.where(_in_rows(own_items, ids), source.draw(again, shape), ids)
     return jnp.where(_in_rows(own_items, ids), -1, ids), {}
 
 

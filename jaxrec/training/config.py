@@ -56,6 +56,10 @@ class LossConfig:
     """Sampled losses: items drawn for each target; none for 1 with bce and 256 with the others."""
     sharing: Literal["position", "batch"] = "position"
     """Sampled losses: whether every position draws its own, or all of a batch use the same."""
+    sampling: Literal["uniform", "popularity"] = "uniform"
+    """Sampled losses: every item alike, or in proportion to its training events."""
+    sampling_power: float = 1.0
+    """popularity: the power of the number of events; 0.75 is usual."""
     avoid: Literal["nothing", "target", "sequence"] | None = None
     """Sampled losses: which items are no negatives: the position's target, or every item of its
     sequence; none for sequence with bce and nothing with the others."""

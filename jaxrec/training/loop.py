@@ -26,6 +26,7 @@ from jaxrec.training.run_lock import alone_in
 from jaxrec.training.run_start import begin, check_free
 from jaxrec.training.setup import (
     count_from_newest,
+    count_items,
     located,
     make_loss,
     make_model,
@@ -74,9 +75,11 @@ def train(
     config = located(check(config))
     if config.training.tensorboard:
         summary_writer()
-    loss = make_loss(config.loss)
+    # What is wrong in the config is told before the data are read.
+    make_loss(config.loss)
     interactions = open_data(config.data)
     split = split_data(config, interactions)
+    loss = make_loss(config.loss, lambda: count_items(interactions, split))
     placement = make_placement(config, interactions.num_items)
     shards = 1 if placement is None else placement.data
     batches = training_batches(config, interactions, split, shards=shards)

@@ -11,7 +11,7 @@ import numpy as np
 from jax import Array
 from numpy.typing import NDArray
 
-from jaxrec.data.batches import TrainingBatches
+from jaxrec.data.batches import TrainingBatches, gather_index
 from jaxrec.data.paths import dataset_names
 from jaxrec.data.prepared import Interactions, open_prepared
 from jaxrec.data.splits import Split, make_split, resolve_split
@@ -130,8 +130,21 @@ def make_model(
     return split_model(model)
 
 
-def make_loss(config: LossConfig) -> LossFunction:
+def count_items(interactions: Interactions, split: Split) -> NDArray[np.int64]:
+    """int64[items]: how often each item is a training event."""
+    ranges = split.train
+    items = interactions.items[gather_index(ranges.starts, ranges.stops - ranges.starts)]
+    return np.bincount(items, minlength=interactions.num_items)
+
+
+def make_loss(
+    config: LossConfig, item_counts: Callable[[], NDArray[np.int64]] | None = None
+) -> LossFunction:
     """The loss that the config names, with those of the config's options that it has.
+
+    Args:
+      config: of the loss.
+      item_counts: gives the training events of each item, for sampling by popularity.
 
     Raises:
       UserError: an option was set that the loss does not have.
@@ -148,4 +161,7 @@ def make_loss(config: LossConfig) -> LossFunction:
             )
     # None leaves an option to the loss, whose own default it then takes.
     chosen = {k: v for k, v in options.items() if k in known and v is not None}
-    return sequence_loss(loss, **chosen)
+    counts = None
+    if config.sampling == "popularity" and item_counts is not None:
+        counts = item_counts()
+    return sequence_loss(loss, item_counts=counts, **chosen)

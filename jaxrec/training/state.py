@@ -167,13 +167,16 @@ def _loss_on_mesh(
     return whole
 
 
-def sequence_loss(loss: Callable[..., Array], **options: Any) -> LossFunction:
+def sequence_loss(
+    loss: Callable[..., Array], *, item_counts: Any = None, **options: Any
+) -> LossFunction:
     """A loss over [positions, width] states, applied to the real events of a batch of rows.
 
     The loss is called as `loss(states, item_table, targets, valid, **options)`, and gets besides
     what its signature names:
       key: a random key of this step's own.
       own_items: int32[positions, E], as `own_items` of this module.
+      item_counts: [items], how often each item is a training event, if it was given here.
 
     Where the item table is split over devices, a loss that takes `item_axis` and `num_items` is
     told so and gets its own rows; another gets the whole table.
@@ -194,6 +197,8 @@ def sequence_loss(loss: Callable[..., Array], **options: Any) -> LossFunction:
             table = ops.take_rows(table, every, axis=axis)
         if "key" in wanted:
             given["key"] = jax.random.fold_in(key, _LOSS_KEY)
+        if "item_counts" in wanted and item_counts is not None:
+            given["item_counts"] = jnp.asarray(item_counts, jnp.float32)
         if "own_items" in wanted:
             given["own_items"] = own_items(batch)
         return loss(states, table, batch["targets"], batch["target_valid"], **given)

@@ -24,7 +24,13 @@ from jaxrec.training.interrupt import Interrupted
 from jaxrec.training.loop import train
 from jaxrec.training.optimizer import make_optimizer
 from jaxrec.training.run_folder import RunFolder
-from jaxrec.training.setup import make_loss, make_model, make_placement, training_batches
+from jaxrec.training.setup import (
+    count_items,
+    make_loss,
+    make_model,
+    make_placement,
+    training_batches,
+)
 from jaxrec.training.state import initial_state, make_train_step, own_items, sequence_loss
 
 EXPERIMENTS = Path(__file__).resolve().parents[2] / "experiments"
@@ -93,10 +99,25 @@ def test_a_loss_gets_what_its_signature_names():
         ("full_softmax", "negatives", 5, "label_smoothing, temperature"),
         ("full_softmax", "sharing", "batch", "label_smoothing, temperature"),
         ("full_softmax", "avoid", "target", "label_smoothing, temperature"),
-        ("bce", "label_smoothing", 0.1, "temperature, negatives, sharing, avoid"),
-        ("bce", "t", 0.5, "temperature, negatives, sharing, avoid"),
-        ("gbce", "correction", True, "temperature, negatives, sharing, avoid, t"),
-        ("sampled_softmax", "t", 0.5, "temperature, negatives, sharing, avoid, correction"),
+        (
+            "bce",
+            "label_smoothing",
+            0.1,
+            "temperature, negatives, sharing, sampling, sampling_power, avoid",
+        ),
+        ("bce", "t", 0.5, "temperature, negatives, sharing, sampling, sampling_power, avoid"),
+        (
+            "gbce",
+            "correction",
+            True,
+            "temperature, negatives, sharing, sampling, sampling_power, avoid, t",
+        ),
+        (
+            "sampled_softmax",
+            "t",
+            0.5,
+            "temperature, negatives, sharing, sampling, sampling_power, avoid, correction",
+        ),
     ],
 )
 def test_an_option_of_another_loss_is_refused(tmp_path, name, option, value, has):
@@ -203,6 +224,51 @@ def test_what_is_avoided_and_shared(rng, monkeypatch):
         assert "log_q" not in given
 
 
+def test_by_popularity(rng):
+    """Drawn as often as counted, to a power; with the correction that belongs to it."""
+    seen = []
+
+    def catch(hidden, table, targets, ids, *, log_q=None, **options):
+        seen.append((np.asarray(ids), None if log_q is None else np.asarray(log_q)))
+        return jnp.zeros(targets.shape)
+
+    counts = jnp.array([0.0, 1.0, 4.0, 16.0, 0.0, 25.0])
+    arrays = (jnp.zeros((50, 2)), jnp.zeros((6, 2)), jnp.zeros(50, jnp.int32), jnp.ones(50, bool))
+    given = {"key": jax.random.key(1), "own_items": jnp.full((50, 1), -1), "item_counts": counts}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sampled.ops, "sampled_softmax_loss", catch)
+        for power in (1.0, 0.5, 0.0):
+            sampled.sampled_softmax(
+                *arrays,
+                **given,
+                negatives=200,
+                sampling="popularity",
+                sampling_power=power,
+                correction=True,
+            )
+    for (ids, log_q), power in zip(seen, (1.0, 0.5, 0.0), strict=True):
+        weights = np.where(counts > 0, np.asarray(counts) ** power, 0)
+        share = weights / weights.sum()
+        found = np.bincount(ids.reshape(-1), minlength=6) / ids.size
+        np.testing.assert_allclose(found, share, atol=0.02)
+        np.testing.assert_allclose(log_q, np.log(200 * share[ids]), rtol=1e-5)
+    with pytest.raises(ValueError, match="'popularity' needs item_counts"):
+        sampled.bce(*arrays, **(given | {"item_counts": None}), sampling="popularity")
+
+
+def test_training_counts_its_own_events(tmp_path):
+    split = leave_one_out(shop())
+    counts = count_items(shop(), split)
+    wanted = np.zeros(ITEMS, int)
+    for start, stop in zip(split.train.starts, split.train.stops, strict=True):
+        for item in shop().items[start:stop]:
+            wanted[item] += 1
+    np.testing.assert_array_equal(counts, wanted)
+    loss = LossConfig("bce", sampling="popularity", sampling_power=0.75)
+    train(small_config(loss=loss, training__epochs=1), tmp_path / "run", show_progress=False)
+    assert np.isfinite(RunFolder(tmp_path / "run").read_metrics()[-2]["loss"])
+
+
 @pytest.mark.parametrize("name", SAMPLED)
 def test_the_mean_over_valid_positions(rng, monkeypatch, name):
     """Against the oracle, on the negatives that were drawn."""
@@ -274,7 +340,9 @@ def test_it_learns(name):
 def test_on_a_mesh_it_is_what_one_device_gives(mesh):
     """With the same negatives everywhere; the item table is split where the mesh says so."""
 
-    def fixed(states, table, targets, valid, *, key, own_items):
+    def fixed(states, table, targets, valid, *, key, own_items, item_axis=None, num_items=None):
+        # A table that is split stays split: nobody gathers it.
+        assert table.shape[0] == (ITEMS if item_axis is None else -(-ITEMS // mesh.model))
         return sampled.sampled_softmax(
             states,
             table,
@@ -285,6 +353,8 @@ def test_on_a_mesh_it_is_what_one_device_gives(mesh):
             negatives=6,
             sharing="batch",
             avoid="sequence",
+            item_axis=item_axis,
+            num_items=num_items,
         )
 
     results = []
