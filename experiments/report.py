@@ -151,6 +151,7 @@ def benchmarks() -> str:
         "data_import": _data_import,
         "catalogue_loss": _catalogue_loss,
         "tpu_aot": _tpu_aot,
+        "robustness": _robustness,
     }
     lines = []
     for path in sorted(BENCHMARKS.glob("*.json")):
@@ -212,6 +213,21 @@ def _tpu_aot(result: dict[str, Any]) -> str:
     return (
         f"`tpu_aot` ({result['note']}): cycles of forward and gradient, Pallas kernel over XLA's "
         f"form; {'; '.join(told) or 'no kernel yet'}; libtpu {result['versions'].get('libtpu')}"
+    )
+
+
+def _robustness(result: dict[str, Any]) -> str:
+    kills, damages = result["kills"], result["damages"]
+    phases = ", ".join(f"{n} in {phase}" for phase, n in kills["by_phase"].items())
+    outcomes = [of_group.values() for of_group in damages["by_outcome"].values()]
+    refused, passed_over, harmless, undetected = map(sum, zip(*outcomes, strict=True))
+    differ = len(kills["differences"])
+    ended = f"{differ} parts of them differ" if differ else "each ended bitwise as without kills"
+    return (
+        f"`robustness`: {kills['kills']} kills ({phases}) over {kills['runs']} runs, {ended}; "
+        f"{damages['count']} damaged files of a set and of a checkpoint: {refused} refused, "
+        f"{passed_over} passed over for the checkpoint before, {harmless} without effect, "
+        f"{undetected} undetected; {result['device']}"
     )
 
 

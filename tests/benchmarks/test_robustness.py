@@ -168,3 +168,18 @@ def test_what_must_not_come_about_is_told() -> None:
         "data set, items.npy, emptied: why",
     ]
     assert report(bad).splitlines()[-1] == "FAILED: data set, items.npy, emptied: why"
+
+
+def test_the_line_of_results() -> None:
+    from experiments.report import _robustness
+
+    trials = {"refused": 3, "passed over": 0, "harmless": 1, "undetected": 0}
+    others = {"refused": 0, "passed over": 4, "harmless": 0, "undetected": 0}
+    found = figures(damages__by_outcome={"data set": trials, "checkpoint": others})
+    assert _robustness(found) == (
+        "`robustness`: 2 kills (1 in start-up, 1 in steps) over 1 runs, each ended bitwise as "
+        "without kills; 1 damaged files of a set and of a checkpoint: 3 refused, 4 passed over for "
+        "the checkpoint before, 1 without effect, 0 undetected; cpu"
+    )
+    found = figures(kills__differences=["curves"], damages__by_outcome={"a": trials, "b": others})
+    assert "1 parts of them differ" in _robustness(found)

@@ -154,26 +154,6 @@ def test_the_gradient_is_that_of_the_oracle(name):
         )
 
 
-@pytest.mark.parametrize("name", ["esasrec, oldest first, scaled", "hstu"])
-def test_nothing_flows_from_later_events_other_sequences_or_padding(name):
-    config, parameters, states, _ = make(name)
-    rows, _, _ = rows_of(sequences(lengths=(4, 3, 5)), config)
-    before = np.asarray(states(parameters, rows))
-    columns = [("items", 1)] + ([("timestamps", 10**6)] if config.reads_timestamps else [])
-    for (column, by), row, slot in ((c, r, s) for c in columns for r, s in np.ndindex(3, LENGTH)):
-        moved = rows[column].copy()
-        moved[row, slot] = (moved[row, slot] + by) % (ITEMS if column == "items" else 10**9)
-        after = np.asarray(states(parameters, rows | {column: moved}))
-        changed = (np.abs(after - before).max(-1) > 1e-6) & rows["valid"]
-        reached = np.zeros_like(changed)
-        if rows["valid"][row, slot]:
-            # The time of an event is the "next time" of the one before it.
-            first = slot if column == "items" else slot - 1
-            later = np.arange(LENGTH) >= first
-            reached[row] = later & (rows["segment_ids"][row] == rows["segment_ids"][row, slot])
-        assert not (changed & ~reached).any(), (column, row, slot)
-
-
 def test_states_and_item_vectors_of_hstu_have_length_one():
     config, parameters, states, _ = make("hstu")
     rows, slots, _ = rows_of(sequences(), config)

@@ -214,42 +214,6 @@ def test_the_gradient_is_that_of_the_oracle(name):
         )
 
 
-@pytest.mark.parametrize("name", ["additive", "toeplitz", "full", "additive and kernel"])
-def test_nothing_flows_from_later_events_other_sequences_or_padding(name):
-    config, parameters, _, states, _ = make(name)
-    rows, _, _ = rows_of(sequences(lengths=(4, 3, 5)), config)
-    before = np.asarray(states(parameters, rows))
-    for row, slot in np.ndindex(4, LENGTH):
-        items = rows["items"].copy()
-        items[row, slot] = (items[row, slot] + 1) % ITEMS
-        after = np.asarray(states(parameters, rows | {"items": items}))
-        changed = np.abs(after - before).max(-1) > 1e-6
-        reached = np.zeros_like(changed)
-        if rows["valid"][row, slot]:
-            later = np.arange(LENGTH) >= slot
-            reached[row] = later & (rows["segment_ids"][row] == rows["segment_ids"][row, slot])
-        assert not (changed & ~reached & rows["valid"]).any(), (row, slot)
-        assert not rows["valid"][row, slot] or changed[row, slot]
-
-
-def test_what_padding_holds_never_matters():
-    config, parameters, _, states, losses = make("newest, additive and full")
-    found = [np.where(one == ITEMS - 1, 0, one) for one in sequences()]
-    rows, slots, targets = rows_of(found, config)
-    filled = rows | {
-        name: np.where(rows["valid"], rows[name], value).astype(np.int32)
-        for name, value in {"items": ITEMS - 1, "positions": LENGTH - 1}.items()
-    }
-    table = parameters["item_embedding"].at[ITEMS - 1].set(jnp.nan)
-    poisoned = at(states(parameters | {"item_embedding": table}, filled), slots)
-    np.testing.assert_array_equal(poisoned, at(states(parameters, rows), slots))
-    (loss, _), gradients = losses(parameters, rows, slots, targets)
-    (again, _), filled_gradients = losses(parameters, filled, slots, targets)
-    assert loss == again
-    for parameter, gradient in gradients.items():
-        np.testing.assert_array_equal(gradient, filled_gradients[parameter], err_msg=parameter)
-
-
 def test_position_zero_is_the_newest_event_where_counted_from_there():
     config, parameters, _, states, _ = make("positions from the newest")
     vectors = parameters["position_embedding"]

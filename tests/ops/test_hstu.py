@@ -1,7 +1,6 @@
 """hstu_attention against float64 loops: biases, candidates, masks, forms, transformations."""
 
 import functools
-import itertools
 import math
 from unittest import mock
 
@@ -11,8 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from attention_cases import close, draw, gradients_of, qkv, run
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from jax.experimental import topologies
 from jax.sharding import Mesh, PartitionSpec, SingleDeviceSharding
 from oracles import hstu as oracle
@@ -338,50 +335,6 @@ def test_what_is_not_there_is_not_read(rng, block, pattern):
     assert len(unmet[0])
     for gradient, at in zip(got[1][3:], unmet, strict=True):
         assert (np.asarray(gradient)[at] == 0).all()
-
-
-@settings(max_examples=20, deadline=None)
-@given(
-    cuts=st.lists(st.integers(1, 20), max_size=3, unique=True).map(sorted),
-    pad=st.tuples(st.integers(0, 3), st.integers(0, 3)),
-    block=st.sampled_from([None, 8]),
-    seed=st.integers(0, 2**16),
-    data=st.data(),
-)
-def test_future_padding_and_other_segments_change_nothing(cuts, pad, block, seed, data):
-    """Outputs and gradients of a segment up to some event, whatever stands elsewhere.
-
-    The time of the next event belongs to what an event may know.
-    """
-    rng = np.random.default_rng(seed)
-    edges = [0, *cuts, 21]
-    names = rng.permutation(100)[: len(edges) - 1] - 50
-    ids = np.tile(np.repeat(names, np.diff(edges)).astype(np.int32), (2, 1))
-    valid = np.ones((2, 21), bool)
-    valid[:, : pad[0]] = False
-    valid[:, 21 - pad[1] :] = False
-    start, end = data.draw(st.sampled_from(list(itertools.pairwise(edges))))
-    stop = data.draw(st.integers(start + 1, end))
-    arrays, d_out, times = inputs(rng, 2, 21)
-    d_out[:, :start] = d_out[:, stop:] = 0
-    results = []
-    for changed in (False, True):
-        own, own_times = [x.copy() for x in arrays], times.copy()
-        if changed:
-            for x in own[:3]:
-                other = 10 * draw(rng, *x.shape)
-                other[:, start:stop] = x[:, start:stop]
-                other[~valid] = np.nan
-                x[:] = other
-            known = np.zeros((2, 21), bool)
-            known[:, start : min(stop + 1, end)] = True
-            other_times = rng.integers(0, 2**31, (2, 21)).astype(np.int32)
-            own_times = np.where(known & valid, times, other_times)
-        result = compiled(block)(own, d_out, timestamps=own_times, valid=valid, segment_ids=ids)
-        results.append(jax.tree.leaves(result))
-    for a, b in zip(*results, strict=True):
-        a, b = (x[:, start:stop] if x.ndim == 4 else x for x in map(np.asarray, (a, b)))
-        np.testing.assert_array_equal(a, b)
 
 
 # Precision and memory

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from attention_cases import draw as normal
+from catalogue_cases import TILINGS, loss_module
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from quick_compiler import QUICKEST
@@ -27,6 +28,7 @@ from jaxrec.ops import _attention_dense, _attention_factors, _masking
 
 BATCH, LENGTH, HEADS, WIDTH, VALUES = 2, 21, 2, 4, 3
 BLOCK = 8
+BUCKETS = 16
 NAMES = ("query", "key", "value")
 # Modules whose name in the package is that of a function.
 attention = sys.modules[ops.causal_attention.__module__]
@@ -180,6 +182,7 @@ def packed_rows(rng, *, segments=True):
     valid = rng.random((BATCH, LENGTH)) > 0.2
     valid[:, : rng.integers(0, 4)] = False
     valid[:, LENGTH - rng.integers(0, 4) :] = False
+    valid[1] &= rng.random() > 0.2  # or nothing in all of the row
     which = int(rng.integers(len(edges) - 1))
     start, end = edges[which], edges[which + 1]
     stop = int(rng.integers(start + 1, end + 1))
@@ -205,8 +208,10 @@ def other_ids(rng, valid, ids):
 
 
 def times_of(rng, *shape):
-    gaps = np.floor(10 ** rng.uniform(-1, 4, shape))
-    return (1_600_000_000 + np.cumsum(gaps, axis=1)).astype(np.int32)
+    """Seconds, and others; most of them so near that their buckets differ."""
+    seconds = 1_600_000_000 + np.cumsum(np.floor(10 ** rng.uniform(-1, 1.3, shape)), axis=1)
+    others = seconds + rng.integers(-90, 90, shape)
+    return seconds.astype(np.int32), others.astype(np.int32)
 
 
 def slots(rng, known, valid):
@@ -229,11 +234,10 @@ def rows(learned=None, *, times=False):
         rest = {"valid": valid, "segment_ids": ids}
         otherwise = {"segment_ids": other_ids(rng, valid, ids)}
         if times:
-            seconds = times_of(rng, BATCH, LENGTH)
+            seconds, others = times_of(rng, BATCH, LENGTH)
             # The next event's time is part of what an event may know.
             read, last = known.copy(), int(np.flatnonzero(known[0])[-1])
             read[0, [i for i in range(last + 1, end) if valid[0, i]][:1]] = True
-            others = rng.integers(0, 2**31, seconds.shape)
             rest["timestamps"] = seconds
             otherwise["timestamps"] = np.where(read, seconds, others).astype(np.int32)
         outputs = Part(normal(rng, BATCH, LENGTH, HEADS, VALUES), known, ~valid)
@@ -254,13 +258,12 @@ def history_and_candidates(rng):
     known[0, rng.choice(candidates)] = True
     parts = slots(rng, known, valid) | {
         "position_table": Part(normal(rng, 2 * LENGTH - 1), low=False),
-        "time_table": Part(normal(rng, 12), low=False),
+        "time_table": Part(normal(rng, BUCKETS), low=False),
     }
-    seconds = times_of(rng, BATCH, LENGTH)
+    seconds, others = times_of(rng, BATCH, LENGTH)
     read = known.copy()
     read[0, candidates] = False
     read[0, candidates[0]] = True
-    others = rng.integers(0, 2**31, seconds.shape)
     otherwise = {"timestamps": np.where(read, seconds, others).astype(np.int32)}
     outputs = Part(normal(rng, BATCH, LENGTH, HEADS, VALUES), known, ~valid)
     return Drawn(
@@ -384,11 +387,10 @@ def beside_cache(mode, tables, *, times=False):
             parts[name] = Part(normal(rng, *shape), low=False)
         rest, otherwise = {"length": length, "own_valid": own_valid}, {}
         if times:
-            seconds = times_of(rng, BATCH, SLOTS + NEW)
+            seconds, others = times_of(rng, BATCH, SLOTS + NEW)
             read, later = known.copy(), np.flatnonzero(own_valid[0, event + 1 :]) + event + 1
             if mode == "causal":
                 read[0, later[:1]] = True
-            others = rng.integers(0, 2**31, seconds.shape)
             read = np.concatenate([seen, read], axis=1)
             moved = np.where(read, seconds, others).astype(np.int32)
             for target, array in ((rest, seconds), (otherwise, moved)):
@@ -406,20 +408,18 @@ def cached(f, mode, **options):
 
 def cache_cases():
     bias = {"distance_bias": (HEADS, SLOTS + NEW)}
-    tables = {"position_table": (2 * (SLOTS + NEW) - 1,), "time_table": (12,)}
+    tables = {"position_table": (2 * (SLOTS + NEW) - 1,), "time_table": (BUCKETS,)}
     cases = {}
     for mode in ("causal", "independent"):
         cases[f"cache, {mode}"] = Case(
             ("cached_attention",),
             cached(ops.cached_attention, mode),
             beside_cache(mode, bias),
-            gradients=mode == "causal",
         )
         cases[f"hstu cache, {mode}"] = Case(
             ("cached_hstu_attention",),
             cached(ops.cached_hstu_attention, mode, normalizer=13),
             beside_cache(mode, tables, times=True),
-            gradients=mode == "causal",
         )
     return cases
 
@@ -458,11 +458,12 @@ POSITIONS, ITEMS, SAMPLED = 9, 11, 4
 NO_ITEM = np.array([-1, ITEMS, 2**31 - 1, -(2**31)], np.int64)
 
 
-def positions(*, own=None, everything=False):
+def positions(*, own=None, corrected=False, everything=False):
     """Some of the valid positions are looked at; labels of the others are other ones.
 
     Args:
       own: a list of items a position ("own") or one for all ("shared").
+      corrected: with the logs of how often an item is drawn.
       everything: all valid positions are looked at, by one number.
     """
 
@@ -491,50 +492,57 @@ def positions(*, own=None, everything=False):
             otherwise["negatives"] = other(rest["negatives"])
         elif own == "shared":
             rest["negatives"] = ids(SAMPLED)
+        if corrected:
+            for name, shape in (("log_q", (POSITIONS, SAMPLED)), ("log_q_labels", (POSITIONS,))):
+                part = Part(normal(rng, *shape), known, ~valid)
+                rest[name], otherwise[name] = part.values, part.otherwise(rng)
         looked = Part(normal(rng, POSITIONS), known, ~valid)
         return Drawn(parts, Part(normal(rng)) if everything else looked, rest, otherwise)
 
     return draw
 
 
-def with_bias_of_items(f, **options):
-    """Losses over the catalogue, the bias a part too."""
-
+def catalogue(f, **options):
     def call(parts, rest):
-        return f(
-            parts["hidden"], parts["item_table"], rest["labels"], valid=rest["valid"], **options
-        )
+        labels, valid = rest["labels"], rest["valid"]
+        return f(parts["hidden"], parts["item_table"], labels, valid=valid, **options)
 
     return call
 
 
-def of_sampled(f):
+def among_negatives(f):
     def call(parts, rest):
-        return f(
-            parts["hidden"],
-            parts["item_table"],
-            rest["labels"],
-            rest["negatives"],
-            valid=rest["valid"],
-            mask_collisions=True,
-        )
+        return f(parts["hidden"], parts["item_table"], mask_collisions=True, **rest)
 
     return call
+
+
+def small_blocks(name):
+    """Blocks of few positions and items."""
+    tiling = TILINGS[name]
+    return (
+        (loss_module, "CPU_TILING", tiling),
+        (loss_module, "ACCELERATOR_TILING", tiling),
+        (loss_module, "ONE_PASS_POSITIONS", 1),
+    )
 
 
 def loss_cases():
     cases = {
         "cross-entropy": Case(
             ("linear_cross_entropy",),
-            with_bias_of_items(ops.linear_cross_entropy, label_smoothing=0.1),
+            catalogue(ops.linear_cross_entropy, label_smoothing=0.1),
             positions(),
-        ),
-        "mean cross-entropy": Case(
-            ("mean_linear_cross_entropy",),
-            with_bias_of_items(ops.mean_linear_cross_entropy),
-            positions(everything=True),
-        ),
+            small_blocks("small"),
+        )
     }
+    for passes, blocks in (("one pass", "small"), ("two passes", "small_two_pass")):
+        cases[f"mean cross-entropy, {passes}"] = Case(
+            ("mean_linear_cross_entropy",),
+            catalogue(ops.mean_linear_cross_entropy),
+            positions(everything=True),
+            small_blocks(blocks),
+        )
     for op, way, cost in (
         (ops.sampled_softmax_loss, "own", 0),
         (ops.bce_loss, "shared", 0),
@@ -542,9 +550,8 @@ def loss_cases():
         (ops.gbce_loss, "own", 1000),
     ):
         patches = ((sampled, "GATHER_COST", cost), (sampled, "CPU_ELEMENTS", 100))
-        cases[f"{op.__name__}, {way}"] = Case(
-            (op.__name__,), of_sampled(op), positions(own=way), patches
-        )
+        draw = positions(own=way, corrected=op is ops.sampled_softmax_loss)
+        cases[f"{op.__name__}, {way}"] = Case((op.__name__,), among_negatives(op), draw, patches)
     return cases
 
 
@@ -646,7 +653,7 @@ CASES: dict[str, Case] = {
         Case(
             ("hstu_attention",),
             timed(ops.hstu_attention),
-            rows({"position_table": (2 * LENGTH - 1,), "time_table": (12,)}, times=True),
+            rows({"position_table": (2 * LENGTH - 1,), "time_table": (BUCKETS,)}, times=True),
         ),
         hstu,
     ),

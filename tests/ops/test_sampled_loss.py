@@ -165,41 +165,6 @@ def test_corrected_negatives_estimate_the_full_sum(rng):
     np.testing.assert_allclose(got, want, atol=0.03)
 
 
-@pytest.mark.parametrize("way", ["shared", "gathered", "dense"])
-def test_nothing_of_an_invalid_position_escapes(rng, monkeypatch, way):
-    choose(monkeypatch, way)
-    hidden, table, labels = draw(rng, 9, 8, 4)
-    negatives = negatives_of(rng, 9, 8, 5, way)
-    valid = jnp.asarray(np.arange(9) % 3 > 0)
-    cotangent = jnp.asarray(rng.normal(size=9), jnp.float32)
-    log_q = jnp.asarray(rng.normal(size=negatives.shape), jnp.float32)
-
-    @functools.partial(jax.jit, compiler_options=QUICK)
-    def f(hidden, labels, log_q, log_q_labels, g):
-        results = []
-        for kind, op in OPS.items():
-            q = {"log_q": log_q, "log_q_labels": log_q_labels} if kind == "softmax" else {}
-            loss = functools.partial(op, labels=labels, negatives=negatives, valid=valid, **q)
-            out, pull = jax.vjp(loss, hidden, table)
-            results.append((out, pull(g)))
-        return results
-
-    clean = f(hidden, labels, log_q, jnp.zeros(9), cotangent)
-    dirty = f(
-        jnp.where(valid[:, None], hidden, jnp.nan),
-        jnp.where(valid, labels, jnp.array([-1, 0, 0, 8, 0, 0, 2**31 - 1, 0, 0])),
-        log_q if way == "shared" else jnp.where(valid[:, None], log_q, jnp.nan),
-        jnp.where(valid, 0.0, jnp.nan),
-        jnp.where(valid, cotangent, jnp.inf),
-    )
-    jax.tree.map(np.testing.assert_array_equal, dirty, clean)
-    for losses, (d_hidden, d_table) in clean:
-        assert not np.asarray(losses)[::3].any()
-        assert not np.asarray(d_hidden)[::3].any()
-        assert np.isfinite(losses).all()
-        assert np.abs(d_table).max() > 0
-
-
 @functools.cache
 def claims(way):
     """Compiled: value and gradients with some positions invalid, and of the valid ones alone."""

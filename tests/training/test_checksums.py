@@ -1,6 +1,7 @@
 """The record of a checkpoint's files: what is whole passes, anything else is named."""
 
 import json
+import zlib
 
 import pytest
 
@@ -10,7 +11,11 @@ from jaxrec.training.checksums import CHECKSUMS, Damaged, check_checksums, write
 @pytest.fixture
 def step(tmp_path):
     folder = tmp_path / "12"
-    for name, content in {"state/d/a": b"123", "state/b": b"", "metrics/metrics": b"{}"}.items():
+    for name, content in {
+        "state/d/a": b"123456789",
+        "state/b": b"",
+        "metrics/metrics": b"{}",
+    }.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(content)
     (folder / "_METADATA").write_text("of Orbax, which writes it later")
@@ -25,10 +30,18 @@ def test_what_was_written_passes(step):
     record = json.loads((step / CHECKSUMS).read_text())
     assert record["step"] == 12
     assert record["files"].keys() == {"state/d/a", "state/b", "metrics/metrics"}
-    assert record["files"]["state/d/a"] == {
-        "bytes": 3,
-        "sha256": "a665a45920422f9d417e4867efdc4fb8a04a1f3fff1fa07e998e86f7f7a27ae3",
-    }
+    # The check value of CRC-32 and of nothing.
+    assert record["files"]["state/d/a"] == {"bytes": 9, "crc32": "cbf43926"}
+    assert record["files"]["state/b"] == {"bytes": 0, "crc32": "00000000"}
+
+
+def test_of_several_blocks(tmp_path):
+    (tmp_path / "1" / "state").mkdir(parents=True)
+    content = bytes(range(256)) * 12345
+    (tmp_path / "1" / "state" / "a").write_bytes(content)
+    write_checksums(tmp_path / "1", 1)
+    record = json.loads((tmp_path / "1" / CHECKSUMS).read_text())
+    assert record["files"]["state/a"]["crc32"] == f"{zlib.crc32(content):08x}"
 
 
 def write(name, content):
@@ -46,8 +59,8 @@ def record(**changes):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (write("state/d/a", b"124"), "state/d/a was altered"),
-        (write("state/d/a", b"12"), "state/d/a has 2 bytes, not 3"),
+        (write("state/d/a", b"123456788"), "state/d/a was altered"),
+        (write("state/d/a", b"12"), "state/d/a has 2 bytes, not 9"),
         (lambda step: (step / "state/b").unlink(), "state/b is missing"),
         (write("state/c", b""), "state/c was added"),
         (lambda step: (step / CHECKSUMS).unlink(), "checksums.json cannot be read"),
