@@ -4,7 +4,9 @@ A checkpoint holds the train state, the position of the data iterator, and what 
 to remember. A folder that is still being written has another name, so a kill at any moment leaves
 the checkpoints before it as they were. Checksums are written before it gets its own, and compared
 before anything is read: one that is damaged is passed over for the one before, and the loop says
-so.
+so. It knows neither the mesh of devices nor the number of processes that wrote it.
+
+Several processes save together; each reads by itself.
 """
 
 import json
@@ -15,10 +17,10 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import grain
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
@@ -26,6 +28,7 @@ from orbax.checkpoint import checkpoint_managers
 
 from jaxrec.devices import Placement
 from jaxrec.errors import UserError
+from jaxrec.processes import first, highest
 from jaxrec.training.checksums import Damaged, check_checksums, has_checksums, write_checksums
 
 _KEPT_LATEST = 2
@@ -33,6 +36,8 @@ _SETTLE_SECONDS = 0.2
 _UNFINISHED = ocp.path.atomicity.TMP_DIR_SUFFIX
 # Beside the loop's own values: without it a checkpoint is of a version that wrote no checksums.
 _MARK = "checksums"
+# Orbax's JSON, and Grain's of runs begun before there were several processes.
+_POSITION_FILES = ("metadata", "process_0-of-1.json")
 
 
 class LoopState(NamedTuple):
@@ -64,9 +69,8 @@ class Checkpoints:
     Args:
       folder: where they are.
       metric: name of the validation metric that decides which is best.
-      create: make the folder; False opens what is there to read.
-      placement: what lies where while training on several devices. A checkpoint itself knows
-        nothing of it, so another number of devices may continue.
+      create: make the folder, for writing; False opens what is there to read.
+      placement: what lies where while training on several devices.
     """
 
     def __init__(
@@ -83,7 +87,9 @@ class Checkpoints:
         self._metric = metric
         self._create = create
         self._placement = placement
-        self._reader = ocp.Checkpointer(ocp.CompositeCheckpointHandler())
+        self._reader = ocp.Checkpointer(
+            ocp.CompositeCheckpointHandler(), multiprocessing_options=_each_by_itself()
+        )
         # Made when the first one is saved: it reads what is there, which must be whole by then.
         self._manager: ocp.CheckpointManager | None = None
         self._saving = -1
@@ -99,11 +105,19 @@ class Checkpoints:
         self,
         step: int,
         state: Any,
-        iterator: Iterator[Any],
+        iterator: Any,
         loop: LoopState,
         metrics: dict[str, float] | None,
     ) -> None:
-        """Saves in the background; a step that is saved already is left alone."""
+        """Saves in the background; a step that is saved already is left alone.
+
+        Args:
+          step: steps done.
+          state: the train state.
+          iterator: the training iterator, whose position is saved.
+          loop: what the loop remembers.
+          metrics: of the validation after this step, if there was one.
+        """
         if self._manager is None:
             self._manager = self._open()
         self._manager.wait_until_finished()
@@ -116,7 +130,8 @@ class Checkpoints:
             step,
             args=ocp.args.Composite(
                 state=ocp.args.StandardSave(state),
-                data=grain.checkpoint.CheckpointSave(iterator),
+                # Not Grain's own handler, which writes a file a process: all of them read the same.
+                data=ocp.args.JsonSave(deepcopy(iterator.get_state())),
                 loop=ocp.args.JsonSave(loop._asdict() | {_MARK: True}),
             ),
             metrics=metrics,
@@ -151,12 +166,13 @@ class Checkpoints:
 
     def _seal(self) -> None:
         """Called when all items are on disk, before their folder gets its name."""
-        write_checksums(self.folder / f"{self._saving}{_UNFINISHED}", self._saving)
+        if first():
+            write_checksums(self.folder / f"{self._saving}{_UNFINISHED}", self._saving)
 
     def restore_latest(
-        self, state: Any, iterator: Iterator[Any], warn: Callable[[str], None]
+        self, state: Any, iterator: Any, warn: Callable[[str], None]
     ) -> Restored | None:
-        """The newest checkpoint that can be read; `iterator` is moved to its position.
+        """The newest checkpoint that every process can read; `iterator` is moved to its position.
 
         All checkpoints are compared with their checksums: a damaged older one could otherwise be
         taken for the best, or be found damaged only when training has ended.
@@ -172,13 +188,15 @@ class Checkpoints:
         steps, restored = self.steps(), None
         self._damaged = []
         for step in reversed(steps):
-            try:
-                self._check(step)
-                restored = restored or self._restore(step, state, iterator)
-            except Exception as error:
+            found, why = self._try_to_restore(step, state, iterator, check_only=bool(restored))
+            # Where one process cannot read it, the others do not use it either.
+            if highest(int(bool(why))):
                 self._damaged.append(step)
+                why = why or "in another process"
                 then = "trying the one before" if restored is None else "going on without it"
-                warn(f"checkpoint {self.folder / str(step)} cannot be read ({_why(error)}); {then}")
+                warn(f"checkpoint {self.folder / str(step)} cannot be read ({why}); {then}")
+            else:
+                restored = restored or found
         if restored is None:
             if not steps:
                 return None
@@ -200,7 +218,17 @@ class Checkpoints:
         if has_checksums(folder) or not _of_an_older_version(folder):
             check_checksums(folder, step, item=item)
 
-    def _restore(self, step: int, state: Any, iterator: Iterator[Any]) -> Restored:
+    def _try_to_restore(
+        self, step: int, state: Any, iterator: Any, *, check_only: bool
+    ) -> tuple[Restored | None, str]:
+        """What is in the checkpoint, and why it cannot be read."""
+        try:
+            self._check(step)
+            return None if check_only else self._restore(step, state, iterator), ""
+        except Exception as error:
+            return None, _why(error)
+
+    def _restore(self, step: int, state: Any, iterator: Any) -> Restored:
         placement = self._placement
         if placement is None:
             abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
@@ -210,14 +238,21 @@ class Checkpoints:
             restored = self._reader.restore(
                 self.folder / str(step),
                 args=ocp.args.Composite(
-                    state=ocp.args.StandardRestore(abstract),
-                    data=grain.checkpoint.CheckpointRestore(iterator),
-                    loop=ocp.args.JsonRestore(),
+                    state=ocp.args.StandardRestore(abstract), loop=ocp.args.JsonRestore()
                 ),
             )
         state = restored["state"] if placement is None else placement.put(restored["state"])
+        iterator.set_state(self._position(step))
         loop = {name: value for name, value in restored["loop"].items() if name != _MARK}
         return Restored(step, state, LoopState(**loop))
+
+    def _position(self, step: int) -> Any:
+        """The state of the data iterator, by whichever handler it was written."""
+        folder = self.folder / str(step) / "data"
+        for name in _POSITION_FILES:
+            if (folder / name).is_file():
+                return json.loads((folder / name).read_text())
+        raise FileNotFoundError(f"{folder}: no position of the data")
 
     def forget_after(self, step: int) -> None:
         """Deletes the checkpoints after `step`, so that their steps can be saved again.
@@ -290,7 +325,8 @@ class Checkpoints:
     def _read_parameters(path: Path) -> dict[str, Any]:
         # As NumPy arrays, so that a run trained elsewhere opens on the devices at hand; and
         # without the optimiser's state, which is twice as large.
-        with ocp.PyTreeCheckpointer() as reader:
+        handler = ocp.PyTreeCheckpointHandler()
+        with ocp.Checkpointer(handler, multiprocessing_options=_each_by_itself()) as reader:
             stored = reader.metadata(path).item_metadata.tree["parameters"]
             wanted = {"parameters": dict.fromkeys(stored, 0)}
             arguments = {
@@ -340,6 +376,12 @@ def _delete(path: Path) -> None:
     shutil.rmtree(aside, ignore_errors=True)
     path.rename(aside)
     shutil.rmtree(aside)
+
+
+def _each_by_itself() -> ocp.options.MultiprocessingOptions:
+    """No process waits for another: any of them may open a run alone."""
+    process = jax.process_index()
+    return ocp.options.MultiprocessingOptions(primary_host=process, active_processes={process})
 
 
 @contextmanager

@@ -158,6 +158,10 @@ def remove_position(step):
     shutil.rmtree(step / "data")
 
 
+def spoil_position(step):
+    (step / "data" / "metadata").write_text('{"next_index": 1000}')
+
+
 def other_loop(step):
     (step / "loop" / "metadata").write_text(json.dumps({"epoch": 1}))
 
@@ -191,6 +195,7 @@ DAMAGE = [
     remove_state,
     spoil_loop,
     remove_position,
+    spoil_position,
     other_loop,
     flip_a_bit_of_an_array,
     remove_checksums,
@@ -210,6 +215,19 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(spoilt, damage):
     assert f"checkpoint {spoilt / '6'} cannot be read" in told[0]
     assert told[0].endswith("trying the one before")
     assert "\n" not in told[0]
+
+
+def test_the_position_as_grain_wrote_it_is_read(spoilt):
+    """Runs begun by earlier versions, which wrote no checksums either, go on."""
+    data, loop = spoilt / "6" / "data", spoilt / "6" / "loop" / "metadata"
+    (data / "metadata").rename(data / "process_0-of-1.json")
+    (spoilt / "6" / CHECKSUMS).unlink()
+    values = json.loads(loop.read_text())
+    del values["checksums"]
+    loop.write_text(json.dumps(values))
+    restored, position, told = restore(spoilt)
+    assert (restored.step, told) == (6, [])
+    assert next(position) == 12
 
 
 @pytest.mark.parametrize("damage", [truncate, become_a_file, spoil_loop])

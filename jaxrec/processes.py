@@ -1,0 +1,162 @@
+"""Several processes that train together, as `jax.distributed` connects them.
+
+Each runs the same program on devices of its own. The first alone writes files, and what it does
+alone the others wait for. Every function here is called by all processes, in the same order; in a
+single process none of them does anything of its own.
+"""
+
+import itertools
+import os
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any, TypeVar, cast
+
+import jax
+import numpy as np
+from jax import Array
+from jax._src import distributed
+from jax.experimental import multihost_utils
+from numpy.typing import NDArray
+
+from jaxrec.errors import UserError
+
+# How often a process looks whether another has failed, and how long it may take to fail of the same
+# cause, which it then tells itself.
+_LOOK_SECONDS = 1.0
+_GRACE_SECONDS = 5.0
+
+Result = TypeVar("Result")
+
+# Processes call in the same order, so the same number names the same call in all of them.
+_calls = itertools.count()
+
+
+def count() -> int:
+    """How many processes there are."""
+    return jax.process_count()
+
+
+def first() -> bool:
+    """Whether this is the process that writes files."""
+    return jax.process_index() == 0
+
+
+def agreed(action: Callable[[], Result]) -> Result | None:
+    """Lets the first process alone do something; the others go on when it has gone well.
+
+    Args:
+      action: what the first process does; its errors are its own.
+
+    Returns:
+      What `action` returned in the first process, None in the others.
+
+    Raises:
+      UserError: in the others, if the first process has failed.
+    """
+    if count() == 1:
+        return action()
+    key = f"jaxrec/agreed/{next(_calls)}"
+    if not first():
+        if _wait_for(key) != "done":
+            raise UserError("process 0 stopped: see its message")
+        return None
+    outcome = "stopped"
+    try:
+        result = action()
+        outcome = "done"
+    finally:
+        _client().key_value_set(key, outcome)
+    return result
+
+
+def in_turn(action: Callable[[], Result]) -> Result:
+    """Does something in the first process, and then in the others: it may make what they find.
+
+    Raises:
+      UserError: in the others, if the first process has failed; whatever `action` raises.
+    """
+    if first():
+        return cast(Result, agreed(action))
+    agreed(action)
+    return action()
+
+
+def highest(number: int) -> int:
+    """The highest of all processes' numbers, each an int32.
+
+    It is found on the devices: where it is known, what was sent to them before has been done.
+    """
+    if count() == 1:
+        return number
+    return int(multihost_utils.process_allgather(np.asarray(number, np.int32)).max())
+
+
+def to_host(array: Array) -> NDArray[Any]:
+    """All of an array, in every process."""
+    if array.is_fully_addressable or array.is_fully_replicated:
+        return np.asarray(array)
+    return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+
+
+@contextmanager
+def stopping_together(*together: type[BaseException]) -> Iterator[None]:
+    """Inside, a process that fails ends the others, and nobody leaves before all are through.
+
+    A process that waits for others in the middle of a computation cannot be told that one of them
+    will not come. So each looks now and then whether another has failed; then it says so in one
+    line and ends with exit code 2, unless it fails within seconds itself.
+
+    Args:
+      together: exceptions that all processes raise at the same point of the program.
+    """
+    if count() == 1:
+        yield
+        return
+    key, left = f"jaxrec/stopped/{next(_calls)}", threading.Event()
+    watch = threading.Thread(target=_end_with_the_others, args=(key, left), daemon=True)
+    watch.start()
+    try:
+        yield
+        highest(0)
+    except together:
+        raise
+    except BaseException:
+        # The first to fail is the one to look at.
+        with suppress(jax.errors.JaxRuntimeError):
+            _client().key_value_set(key, str(jax.process_index()))
+        raise
+    finally:
+        left.set()
+        watch.join()
+
+
+def _end_with_the_others(key: str, left: threading.Event) -> None:
+    while not left.wait(_LOOK_SECONDS):
+        try:
+            process = _client().key_value_try_get(key)
+        except jax.errors.JaxRuntimeError:
+            continue
+        if left.wait(_GRACE_SECONDS):
+            return
+        print(f"jaxrec: process {process} stopped: see its message", file=sys.stderr, flush=True)
+        # The one that failed waits for the others before it ends.
+        with suppress(jax.errors.JaxRuntimeError):
+            jax.distributed.shutdown()
+        os._exit(2)
+
+
+def _wait_for(key: str) -> str:
+    while True:
+        try:
+            # In short pieces, so that Ctrl-C is heard.
+            return _client().blocking_key_value_get(key, int(1000 * _LOOK_SECONDS))
+        except jax.errors.JaxRuntimeError as error:
+            if "DEADLINE_EXCEEDED" not in str(error):
+                raise
+
+
+def _client() -> Any:
+    """The coordination service, for which JAX has no public name."""
+    return distributed.global_state.client
