@@ -4,11 +4,12 @@ from pathlib import Path
 
 from jaxrec.errors import UserError
 from jaxrec.evaluation.report import as_json
+from jaxrec.processes import agreed
 from jaxrec.serving.run import Run
 from jaxrec.training.config import Experiment
 from jaxrec.training.loop import train
 from jaxrec.training.results import results, results_name
-from jaxrec.training.run_folder import read_json, write_json
+from jaxrec.training.run_folder import RunFolder, read_json, write_json
 
 
 def fit(
@@ -20,6 +21,9 @@ def fit(
     results_folder: str | Path | None = None,
 ) -> Run:
     """Trains an experiment and evaluates its best checkpoint on the test part.
+
+    In several processes it is called by all, as `training.loop.train` says; the first evaluates,
+    and the others wait.
 
     Args:
       config: the experiment, for instance `Experiment(data=DataConfig(name="shop"))`.
@@ -35,13 +39,24 @@ def fit(
       UserError: bad config or data, a folder with another run, a loss that is not finite.
       Interrupted: SIGTERM or Ctrl-C; the same call continues.
     """
-    if results_folder is not None:
-        try:
-            Path(results_folder).mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"{results_folder}: cannot be made ({error.strerror})") from None
+    agreed(lambda: _make(results_folder))
     folder = train(config, out, overwrite=overwrite, show_progress=show_progress)
     run = Run(folder.path)
+    agreed(lambda: _judge(run, folder, results_folder))
+    return run
+
+
+def _make(results_folder: str | Path | None) -> None:
+    if results_folder is None:
+        return
+    try:
+        Path(results_folder).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{results_folder}: cannot be made ({error.strerror})") from None
+
+
+def _judge(run: Run, folder: RunFolder, results_folder: str | Path | None) -> None:
+    """Writes the results file, where it is not there yet, and its copy."""
     if not folder.results.is_file():
         lines = folder.read_metrics()
         points = [line for line in lines if "validation" in line]
@@ -62,4 +77,3 @@ def fit(
     if results_folder is not None:
         name = results_name(run.config, run.interactions.name)
         write_json(Path(results_folder) / name, read_json(folder.results))
-    return run

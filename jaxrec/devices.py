@@ -24,13 +24,16 @@ BY_ITEM = PartitionSpec(MODEL)
 def make_mesh(data: int, model: int) -> Mesh | None:
     """A mesh of `data` x `model` devices; None for a single one.
 
+    Several processes must use all of their devices. Those of one process stand side by side, so
+    that `model` lies within a process where it divides the number of its devices; on a TPU the
+    order is that of its network.
+
     Args:
       data: 0 for all that `model` leaves.
       model: at least 1.
 
     Raises:
-      UserError: there are not as many devices, or they belong to several processes: the run folder
-        is written by one.
+      UserError: there are not as many devices, or several processes would leave some out.
     """
     devices = jax.device_count()
     data = data or max(1, devices // model)
@@ -38,9 +41,11 @@ def make_mesh(data: int, model: int) -> Mesh | None:
         raise UserError(
             f"config: mesh.data x mesh.model is {data} x {model}, but there are {devices} devices"
         )
-    if jax.process_count() > 1:
+    if jax.process_count() > 1 and data * model < devices:
         raise UserError(
-            "training in several processes is not there yet; use the devices of one process"
+            f"config: mesh.data x mesh.model is {data} x {model}, but the {jax.process_count()} "
+            f"processes have {devices} devices and must use all of them; mesh.data 0 takes all "
+            "that mesh.model leaves"
         )
     if data * model == 1:
         return None

@@ -8,6 +8,7 @@ import tyro
 
 from jaxrec.cli.arguments import parse
 from jaxrec.cli.output import console, print_json
+from jaxrec.cli.processes import connect
 from jaxrec.errors import UserError
 from jaxrec.training.config import Experiment, check, load_config
 
@@ -34,6 +35,17 @@ class Arguments:
     """No progress."""
     json: bool = False
     """The last line of output is one JSON object: the results."""
+    coordinator: str | None = None
+    """HOST:PORT of the first of several processes that train together, the same in all of them."""
+    processes: int | None = None
+    """How many processes there are."""
+    process: int | None = None
+    """Which of them this is; the first, 0, writes the run folder."""
+    distributed: bool = False
+    """Several processes that a cluster has started (TPU, Slurm, Open MPI, Kubernetes) and that find
+    each other."""
+    connect_timeout: int = 300
+    """Seconds within which all processes must have come."""
 
 
 def main(words: Sequence[str]) -> int:
@@ -47,7 +59,16 @@ def main(words: Sequence[str]) -> int:
         config = replace(config, data=replace(config.data, name=arguments.data))
     config = check(parse(Experiment, rest, program="jaxrec train CONFIG.py", default=config))
 
+    connect(
+        arguments.coordinator,
+        arguments.processes,
+        arguments.process,
+        distributed=arguments.distributed,
+        timeout=arguments.connect_timeout,
+    )
+
     from jaxrec._fit import fit
+    from jaxrec.processes import first
 
     run = fit(
         config,
@@ -56,6 +77,8 @@ def main(words: Sequence[str]) -> int:
         show_progress=False if arguments.quiet else None,
         results_folder=arguments.results,
     )
+    if not first():
+        return 0
     values = run.folder.read_results()
     assert values is not None
     if arguments.json:

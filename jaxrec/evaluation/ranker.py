@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from jaxrec import ops
 from jaxrec.data.batches import ContextBatches, gather_index
 from jaxrec.devices import BY_ITEM, BY_SEQUENCE, MODEL, Placement
+from jaxrec.processes import to_host
 
 Parameters = dict[str, Array]
 
@@ -112,7 +113,7 @@ class Ranker:
         """float32[m, width]: the state after each range's newest event."""
         result: NDArray[np.float32] | None = None
         for which, arrays, _ in contexts.batches():
-            states = np.asarray(self._states(parameters, self._to_device(arrays)))
+            states = to_host(self._states(parameters, self._to_device(arrays)))
             if result is None:
                 result = np.empty((len(contexts), states.shape[1]), np.float32)
             used = which >= 0
@@ -151,8 +152,8 @@ class Ranker:
 
         def collect(which: NDArray[np.int64], result: tuple[Array, Array]) -> None:
             used = which >= 0
-            scores[which[used]] = np.asarray(result[0])[used]
-            lists[which[used]] = np.asarray(result[1])[used]
+            scores[which[used]] = to_host(result[0])[used]
+            lists[which[used]] = to_host(result[1])[used]
             if progress is not None:
                 progress(int(used.sum()))
 

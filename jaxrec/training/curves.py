@@ -9,7 +9,22 @@ from typing import Any
 from jaxrec.errors import UserError
 
 
-class Curves:
+class Unwritten:
+    """Only counts the lines: another process writes them.
+
+    Args:
+      keep: lines of an earlier session that stay.
+    """
+
+    def __init__(self, keep: int) -> None:
+        self.lines = keep
+
+    def write(self, values: dict[str, Any]) -> None:
+        """One line; it has a `step`."""
+        self.lines += 1
+
+
+class Curves(Unwritten):
     """Appends to metrics.jsonl.
 
     Args:
@@ -26,7 +41,7 @@ class Curves:
         self, path: Path, *, keep: int, tensorboard: Path | None = None, first_step: int = 0
     ) -> None:
         _truncate(path, keep)
-        self.lines = keep
+        super().__init__(keep)
         self._writer: Any = None
         if tensorboard is not None:
             self._writer = summary_writer()(str(tensorboard), purge_step=first_step or None)
@@ -36,7 +51,7 @@ class Curves:
         """One line; it has a `step`."""
         self._file.write(json.dumps(values, allow_nan=False) + "\n")
         self._file.flush()
-        self.lines += 1
+        super().write(values)
         if self._writer is not None:
             for name, value in _scalars(values, ""):
                 if name != "step":

@@ -15,9 +15,10 @@ from jaxrec.devices import Placement
 from jaxrec.errors import UserError
 from jaxrec.evaluation.evaluator import Evaluator, sample_targets
 from jaxrec.evaluation.ranker import Ranker
+from jaxrec.processes import agreed, count, first, highest, in_turn, stopping_together
 from jaxrec.training.checkpoints import Checkpoints, LoopState
 from jaxrec.training.config import Experiment, TrainingConfig, check
-from jaxrec.training.curves import Curves, summary_writer
+from jaxrec.training.curves import Curves, Unwritten, summary_writer
 from jaxrec.training.interrupt import Interrupted, SignalFlag
 from jaxrec.training.optimizer import learning_rate, make_optimizer
 from jaxrec.training.progress import Reporter, reporter
@@ -61,6 +62,10 @@ def train(
     checkpoint stands, bitwise as if it had never stopped; a finished one is left as it is. One
     without any checkpoint is begun anew, whatever its config.
 
+    In several processes (`jax.distributed.initialize()` before anything else) all call this with
+    the same arguments, on the same file system: the mesh takes the devices of all, the first
+    writes and reports. One that fails ends the others.
+
     Args:
       config: the experiment.
       out: the run folder.
@@ -69,22 +74,28 @@ def train(
 
     Raises:
       UserError: bad config or data, a folder that holds another run or is being trained into, a
-        loss that is not finite.
-      Interrupted: SIGTERM or Ctrl-C; a checkpoint has been saved.
+        loss that is not finite; the first process has failed.
+      Interrupted: SIGTERM or Ctrl-C, in any of the processes; a checkpoint has been saved.
     """
+    with stopping_together(Interrupted):
+        return _train(config, RunFolder(out), overwrite, show_progress)
+
+
+def _train(
+    config: Experiment, folder: RunFolder, overwrite: bool, show_progress: bool | None
+) -> RunFolder:
     config = located(check(config))
     if config.training.tensorboard:
         summary_writer()
     # What is wrong in the config is told before the data are read.
     make_loss(config.loss)
-    interactions = open_data(config.data)
+    interactions = in_turn(lambda: open_data(config.data))
     split = split_data(config, interactions)
     loss = make_loss(config.loss, lambda: count_items(interactions, split))
     placement = make_placement(config, interactions.num_items)
     shards = 1 if placement is None else placement.data
     batches = training_batches(config, interactions, split, shards=shards)
-    folder = RunFolder(out)
-    check_free(folder, config, interactions, overwrite=overwrite)
+    agreed(lambda: check_free(folder, config, interactions, overwrite=overwrite))
 
     parameters, bind = make_model(config, interactions.num_items)
     total_steps = len(batches)
@@ -106,14 +117,18 @@ def train(
         timestamps=timestamps(config, interactions),
     )
     with ExitStack() as stack:
+
+        def begin_alone() -> None:
+            stack.enter_context(alone_in(folder.path))
+            begin(folder, config, interactions, split, overwrite=overwrite)
+
         # Not before everything else is made: where that fails, no folder is left behind.
-        stack.enter_context(alone_in(folder.path))
-        begin(folder, config, interactions, split, overwrite=overwrite)
+        agreed(begin_alone)
         checkpoints = Checkpoints(
             folder.checkpoints, config.training.metric, create=True, placement=placement
         )
         stack.callback(checkpoints.close)
-        report = stack.enter_context(reporter(show_progress))
+        report = stack.enter_context(reporter(show_progress if first() else False))
         signals = stack.enter_context(SignalFlag())
         loop = LoopState(0, None, 0, 0, 0.0, 0, False)
         if placement is not None:
@@ -125,7 +140,7 @@ def train(
             # Epochs and patience may be others now.
             loop = loop._replace(finished=_is_finished(config.training, loop))
             if not loop.finished:
-                folder.results.unlink(missing_ok=True)
+                agreed(lambda: folder.results.unlink(missing_ok=True))
                 report.line(f"continuing at step {restored.step}, epoch {loop.epoch + 1}")
         else:
             report.line(
@@ -133,12 +148,14 @@ def train(
                 f"{batches.events:,} events an epoch in {batches.batches_per_epoch:,} steps "
                 f"of {batches.rows} rows ({batches.occupancy:.1%} filled)"
             )
-        curves = stack.enter_context(
-            Curves(
-                folder.metrics,
-                keep=loop.lines,
-                tensorboard=folder.tensorboard if config.training.tensorboard else None,
-                first_step=0 if restored is None else restored.step + 1,
+        curves = agreed(
+            lambda: stack.enter_context(
+                Curves(
+                    folder.metrics,
+                    keep=loop.lines,
+                    tensorboard=folder.tensorboard if config.training.tensorboard else None,
+                    first_step=0 if restored is None else restored.step + 1,
+                )
             )
         )
         _Loop(
@@ -151,7 +168,7 @@ def train(
             iterator=iterator,
             validation=validation,
             checkpoints=checkpoints,
-            curves=curves,
+            curves=Unwritten(loop.lines) if curves is None else curves,
             report=report,
             signals=signals,
         ).run(state, loop)
@@ -173,7 +190,7 @@ class _Loop:
         iterator: Iterator[dict[str, Any]],
         validation: Evaluator,
         checkpoints: Checkpoints,
-        curves: Curves,
+        curves: Unwritten,
         report: Reporter,
         signals: SignalFlag,
     ) -> None:
@@ -222,9 +239,10 @@ class _Loop:
             loop = loop._replace(seconds=before + time.perf_counter() - start)
             # At the end of an epoch the one checkpoint of that step is the one after validation.
             if done < end:
-                if self.signals.received is not None:
+                signal = self._signal(done)
+                if signal is not None:
                     self._save(done, state, loop, None)
-                    self._stop(done)
+                    self._stop(done, signal)
                 if config.checkpoint_every and done % config.checkpoint_every == 0:
                     self._save(done, state, loop, None)
         loop = loop._replace(epoch=loop.epoch + 1)
@@ -305,8 +323,9 @@ class _Loop:
             finished=_is_finished(config, loop),
         )
         self._save(done, state, loop, metrics)
-        if self.signals.received is not None:
-            self._stop(done)
+        signal = self._signal(done, end_of_epoch=True)
+        if signal is not None:
+            self._stop(done, signal)
         if loop.finished and not last:
             self.report.line(
                 f"stopped: {config.metric} has not improved for {loop.stale} validations; "
@@ -327,12 +346,21 @@ class _Loop:
             done, state, self.iterator, loop._replace(lines=self.curves.lines), metrics
         )
 
-    def _stop(self, done: int) -> None:
-        number = self.signals.received
-        assert number is not None
+    def _signal(self, done: int, *, end_of_epoch: bool = False) -> int | None:
+        """The signal that asks training to stop here, whichever process it has reached.
+
+        Several processes ask each other at points of the curve alone, where they wait anyway.
+        """
+        if count() == 1:
+            return self.signals.received
+        if not end_of_epoch and done % self.config.log_every:
+            return None
+        return highest(self.signals.received or 0) or None
+
+    def _stop(self, done: int, signal: int) -> None:
         self.checkpoints.wait()
         raise Interrupted(
-            number, f"stopped at step {done} by a signal; the same command continues from there"
+            signal, f"stopped at step {done} by a signal; the same command continues from there"
         )
 
 
