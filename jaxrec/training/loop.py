@@ -136,7 +136,8 @@ def _train(
         restored = checkpoints.restore_latest(state, iterator, report.line)
         if restored is not None:
             state, loop = restored.state, restored.loop
-            checkpoints.forget_after(restored.step)
+            step_read = restored.step
+            agreed(lambda: checkpoints.forget_after(step_read))
             # Epochs and patience may be others now.
             loop = loop._replace(finished=_is_finished(config.training, loop))
             if not loop.finished:

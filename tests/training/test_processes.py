@@ -162,7 +162,7 @@ def test_a_signal_to_one_process_stops_both_at_the_same_step(stopped):
     assert told[0][0] == "continuing at step 4, epoch 2"
     assert [lines[-1] for lines in told] == [line] * 2
     assert told[1] == [line]
-    assert not any(of_jaxrec(end.output) for end in ends)
+    assert not any(of_jaxrec(end.output) for end in ends), [end.output for end in ends]
 
 
 @pytest.mark.slow
