@@ -172,7 +172,12 @@ class Ranker:
 
 
 def _states(bind: Callable[[Parameters], Any], parameters: Parameters, arrays: Any) -> Array:
-    hidden = bind(parameters).hidden(**{k: v for k, v in arrays.items() if k != "last"})
+    model = bind(parameters)
+    if hasattr(model, "newest"):
+        states: Array = model.newest(**arrays)
+        return states
+    # A model of the user's own need not have more than `hidden`.
+    hidden = model.hidden(**{k: v for k, v in arrays.items() if k != "last"})
     return hidden.reshape(-1, hidden.shape[-1])[arrays["last"]]
 
 

@@ -61,6 +61,19 @@ class PositionalKernel(nnx.Module):
             **options,
         )
 
+    def mixed(self, key: Array, value: Array, **masks: Any) -> tuple[Array, Array]:
+        """Keys and values as the queries meet them."""
+        logit_kernel, value_kernel = self.factors()
+        structures = self.config.logits, self.config.values
+        if self.config.tie:
+            value_kernel, structures = logit_kernel, (structures[0],) * 2
+        return (
+            ops.positional_mix(logit_kernel, key, structure=structures[0], upper=True, **masks),
+            ops.positional_mix(
+                value_kernel, value, structure=structures[1], upper=self.config.tie, **masks
+            ),
+        )
+
     def prefill(
         self, query: Array, key: Array, value: Array, *, valid: Array, capacity: int
     ) -> tuple[Array, ops.PositionalKernelState]:
@@ -218,6 +231,47 @@ class SelfAttention(nnx.Module):
             )
         else:
             out = ops.causal_attention(query, key, value, **options)
+        return self.finish(out)
+
+    def attend_newest(
+        self,
+        query_input: Float[Array, "rows length width"],
+        key_input: Float[Array, "rows length width"],
+        last: Int[Array, " users"],
+        *,
+        valid: Bool[Array, "rows length"],
+        segment_ids: Int[Array, "rows length"],
+        positions: Int[Array, "rows length"],
+    ) -> Float[Array, "users 1 width"]:
+        """`attend` without dropout, from the flat slots `last`, each its sequence's newest."""
+        query, key, value = self.project(query_input, key_input)
+        length = key.shape[1]
+        if self.config.position == "rope":
+            slots = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), query.shape[:2])
+            query, key = self.rotate(query, slots), self.rotate(key, slots)
+        if self.kernel is not None:
+            masks = {"valid": valid, "segment_ids": segment_ids, "positions": positions}
+            key, value = self.kernel.mixed(key, value, **masks)
+        row, slot = last // length, last % length
+        # A sequence lies in one piece, so its events are those before the newest.
+        mine = (segment_ids[row] == segment_ids[row, slot][:, None]) & valid[row]
+        before = mine.sum(1) - 1
+        # Its slots from the first on; what lies behind the newest is not read.
+        first = (last - before)[:, None]
+        places = jnp.minimum(first + jnp.arange(length, dtype=jnp.int32)[None], last[:, None])
+
+        def of_users(x: Array, at: Array) -> Array:
+            return x.reshape(-1, *x.shape[2:])[at]
+
+        out = ops.cached_attention(
+            of_users(query, last)[:, None],
+            of_users(key, places),
+            of_users(value, places),
+            own_key=of_users(key, last)[:, None],
+            own_value=of_users(value, last)[:, None],
+            length=before,
+            distance_bias=None if self.bias is None else self.bias(length),
+        )
         return self.finish(out)
 
     def prefill(

@@ -63,6 +63,18 @@ class SequenceModel(nnx.Module):
         x = jnp.where(valid[..., None], x, 0.0).astype(activation_dtype(config.dtype))
         return maybe_dropout(x, config.dropout, keys)
 
+    def newest(
+        self, items: Int[Array, "rows length"], *, last: Int[Array, " users"], **columns: Array
+    ) -> Float[Array, "users width"]:
+        """The states of some slots alone, `hidden` elsewhere left out where the model can.
+
+        Args:
+          items, columns: as `hidden` takes them, without a key.
+          last: flat slots [rows * length] of events that are the newest of their sequences.
+        """
+        hidden = self.hidden(items, **columns)
+        return hidden.reshape(-1, hidden.shape[-1])[last]
+
     def score(
         self, states: Float[Array, "users width"], items: Int[Array, " items"] | None = None
     ) -> Float[Array, "users items"]:

@@ -61,6 +61,34 @@ class Transformer(SequenceModel):
           States in the activations' dtype; rows of padding are finite and meaningless.
         """
         keys = Keys(key)
+        masks = {"valid": valid, "segment_ids": segment_ids}
+        x, places = self._begin(items, positions, keys, **masks)
+        for block in self.blocks:
+            x = zero_padding(block(x, keys, positions=places, **masks), valid)
+        return self.finish(x)
+
+    def newest(
+        self, items: Int[Array, "rows length"], *, last: Int[Array, " users"], **columns: Array
+    ) -> Float[Array, "users width"]:
+        """As in `SequenceModel`: the last block attends from those slots alone."""
+        keys = Keys(None)
+        masks = {name: columns[name] for name in ("valid", "segment_ids")}
+        x, places = self._begin(items, columns["positions"], keys, **masks)
+        *before, final = self.blocks
+        for block in before:
+            x = zero_padding(block(x, keys, positions=places, **masks), masks["valid"])
+        query_input, key_input = final.attention_inputs(x)
+        attended = final.attend_newest(query_input, key_input, last, positions=places, **masks)
+
+        def at(rows: Array) -> Array:
+            return rows.reshape(-1, rows.shape[-1])[last][:, None]
+
+        return self.finish(final.rest(at(x), at(query_input), attended, keys))[:, 0]
+
+    def _begin(
+        self, items: Array, positions: Array, keys: Keys, *, valid: Array, segment_ids: Array
+    ) -> tuple[Array, Array]:
+        """The input of the first block, and the positions that its kernel reads."""
         x = self.embed(items, valid, positions, keys)
         if self._has_full_kernel():
             # A full factor is indexed so that the newest event comes last.
@@ -69,10 +97,7 @@ class Transformer(SequenceModel):
                 if self.config.position_order == "newest"
                 else end_aligned(positions, valid, segment_ids, self.max_length)
             )
-        for block in self.blocks:
-            x = block(x, keys, valid=valid, segment_ids=segment_ids, positions=positions)
-            x = zero_padding(x, valid)
-        return self.finish(x)
+        return x, positions
 
     def prefill(
         self,
