@@ -11,14 +11,14 @@ from small_sets import base_dir, config_file
 from jaxrec.training.config import Experiment
 
 _SIGNAL = """
-import os, threading
+import os
 from jaxrec.data.batches import TrainingBatches
 
 original = TrainingBatches.__getitem__
 
 def counting(self, index):
     if index == {at}:
-        threading.Timer({delay}, os.kill, (os.getpid(), {number})).start()
+        os.kill(os.getpid(), {number})
     return original(self, index)
 
 TrainingBatches.__getitem__ = counting
@@ -26,7 +26,7 @@ TrainingBatches.__getitem__ = counting
 
 
 def _compiled_in(folder: Path) -> dict[str, str]:
-    """A copy of what this process has compiled: a child may be killed while it writes there."""
+    """A copy of what this process has compiled, for the child to read and write."""
     if (base_dir() / "compiled").is_dir():
         shutil.copytree(base_dir() / "compiled", folder, dirs_exist_ok=True)
     return {
@@ -37,10 +37,10 @@ def _compiled_in(folder: Path) -> dict[str, str]:
 
 
 def train_in_child(
-    config: Experiment, folder: Path, number: int, *, at: int, delay: float = 0.0
+    config: Experiment, folder: Path, number: int, *, at: int
 ) -> "subprocess.CompletedProcess[str]":
-    """`jaxrec train`, which gets a signal `delay` seconds after the loader reads batch `at`."""
-    then = _SIGNAL.format(at=at, delay=delay, number=int(number))
+    """`jaxrec train`, which gets a signal when the loader reads batch `at`."""
+    then = _SIGNAL.format(at=at, number=int(number))
     path = config_file(folder.with_name("child.py"), config, then)
     return subprocess.run(
         [sys.executable, "-m", "jaxrec.cli.main", "train", str(path), "--out", str(folder)],

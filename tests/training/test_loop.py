@@ -217,22 +217,6 @@ def test_sigterm_of_a_child_process_and_its_continuation(tmp_path):
     assert_same_run(small_config(), folder, trained_run())
 
 
-@pytest.mark.slow
-def test_killed_again_and_again_the_curve_is_the_same(tmp_path):
-    """kill -9, aimed at the time when checkpoints are being written."""
-    config = small_config(training__epochs=6, training__checkpoint_every=2)
-    train(config, tmp_path / "whole", show_progress=False)
-    folder, rng, continued = tmp_path / "run", np.random.default_rng(0), 0
-    for at in (8, 13, 20):
-        delay = float(rng.uniform(0, 0.1))
-        child = train_in_child(config, folder, signal.SIGKILL, at=at, delay=delay)
-        assert child.returncode in (-signal.SIGKILL, 0), child.stderr
-        continued += "continuing at step " in child.stderr
-    assert continued
-    train(config, folder, show_progress=False)
-    assert_same_run(config, folder, tmp_path / "whole")
-
-
 def test_a_damaged_checkpoint_costs_only_time(tmp_path, capsys):
     folder = copy_of(trained_run(), tmp_path / "run")
     newest = folder / "checkpoints" / "12" / "state"
