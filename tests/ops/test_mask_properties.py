@@ -689,6 +689,7 @@ WITHOUT = {
     "dropout": "element by element",
     "explain": "tells, computes nothing",
     "init_positional_kernel": "of sizes alone",
+    "layer_norm": "row by row; has no masks",
     "sample_items": "of weights and a key; has no masks",
     "t5_bucket": "element by element",
     "take_rows": "of its own ids alone; has no masks",
