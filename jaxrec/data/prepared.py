@@ -52,6 +52,7 @@ _COLUMNS: dict[str, np.dtype] = {
     "ratings": np.dtype(np.float32),
 }
 _TITLE = "title"
+_EVENTS_AT_ONCE = 1 << 22
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -477,9 +478,18 @@ def _verify(interactions: Interactions) -> None:
     items = interactions.items
     if int(items.min()) < 0 or int(items.max()) >= interactions.num_items:
         raise UserError(f"{path / 'items.npy'}: item indices out of range; import the set again")
-    if interactions.timestamps is not None:
-        falls = np.diff(interactions.timestamps) < 0
-        starts = interactions.offsets[1:-1]
-        falls[starts[(starts > 0) & (starts < len(items))] - 1] = False
-        if bool(falls.any()):
-            raise UserError(f"{path / 'timestamps.npy'}: times decrease; import the set again")
+    if interactions.timestamps is not None and _decrease(
+        interactions.timestamps, interactions.offsets
+    ):
+        raise UserError(f"{path / 'timestamps.npy'}: times decrease; import the set again")
+
+
+def _decrease(times: np.ndarray, offsets: np.ndarray) -> bool:
+    """Whether some event is earlier than the one before it of the same user."""
+    for start in range(0, len(times) - 1, _EVENTS_AT_ONCE):
+        part = times[start : start + _EVENTS_AT_ONCE + 1]
+        earlier = start + 1 + np.flatnonzero(part[1:] < part[:-1])
+        # The first event of a user may be.
+        if bool(np.any(offsets[np.searchsorted(offsets, earlier)] != earlier)):
+            return True
+    return False

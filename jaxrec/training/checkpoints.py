@@ -83,6 +83,8 @@ class Checkpoints:
     ) -> None:
         # Orbax tells every save and restore at this level; the loop has its own lines.
         logging.getLogger("absl").setLevel(logging.ERROR)
+        if create:
+            folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
         self._metric = metric
         self._create = create
@@ -167,7 +169,8 @@ class Checkpoints:
     def _seal(self) -> None:
         """Called when all items are on disk, before their folder gets its name."""
         if first():
-            write_checksums(self.folder / f"{self._saving}{_UNFINISHED}", self._saving)
+            (folder,) = self.folder.glob(f"{self._saving}{_UNFINISHED}*")
+            write_checksums(folder, self._saving)
 
     def restore_latest(
         self, state: Any, iterator: Any, warn: Callable[[str], None]

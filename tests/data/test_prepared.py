@@ -1,6 +1,7 @@
 """The prepared form: what is written is what is read, and anything else is told in one line."""
 
 import errno
+import itertools
 import json
 import os
 import pickle
@@ -14,7 +15,7 @@ from event_sets import make_set
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxrec.data import _store
+from jaxrec.data import _store, prepared
 from jaxrec.data._manifest import manifest_hash
 from jaxrec.data._order import stable_order
 from jaxrec.data.paths import data_dir, dataset_dir, dataset_names
@@ -331,6 +332,21 @@ def test_offsets_that_do_not_fit_are_refused(shop):
     _replace(shop, "offsets", np.array([0, 3, 2, 6]))
     with pytest.raises(UserError, match=r"offsets\.npy: the offsets are not valid"):
         open_prepared(shop.path)
+
+
+def test_times_decrease_within_a_user_alone(rng, monkeypatch):
+    monkeypatch.setattr(prepared, "_EVENTS_AT_ONCE", 3)
+    seen = set()
+    for _ in range(200):
+        # Users without events too.
+        lengths = rng.integers(0, 4, 5)
+        offsets = np.concatenate([[0], np.cumsum(lengths)])
+        times = rng.integers(0, 3, offsets[-1])
+        parts = [times[a:b].tolist() for a, b in itertools.pairwise(offsets)]
+        wanted = any(part != sorted(part) for part in parts)
+        assert prepared._decrease(times, offsets) == wanted, (times, offsets)
+        seen.add(wanted)
+    assert seen == {True, False}
 
 
 def test_verify_looks_at_ranges_order_and_hashes(shop):
