@@ -150,6 +150,7 @@ def benchmarks() -> str:
         "training_epoch": _training_epoch,
         "data_import": _data_import,
         "catalogue_loss": _catalogue_loss,
+        "peer_rectools": _peer_rectools,
         "tpu_aot": _tpu_aot,
         "robustness": _robustness,
     }
@@ -199,6 +200,24 @@ def _catalogue_loss(result: dict[str, Any]) -> str:
     return (
         f"`catalogue_loss`: the gradient of the mean for {where} takes "
         f"{rows['mean gradient']['of_dense']:.2f} of the dense form's time; {told}"
+    )
+
+
+def _peer_rectools(result: dict[str, Any]) -> str:
+    epoch, ranking, memory = (
+        result["comparison"][name]
+        for name in ("epoch_seconds", "ranking_seconds", "training_peak_bytes")
+    )
+    versions = result["peer"]["versions"]
+    when = f", RecTools {result['peer']['measured']}" if "measured" in result["peer"] else ""
+    name, length = result["data"]["name"], result["task"]["max_length"]
+    return (
+        f"`peer_rectools` on {name} (sequences of {length}): "
+        f"an epoch in {epoch['jaxrec']:.1f} s, RecTools {versions['rectools']} with PyTorch "
+        f"{versions['torch']} {epoch['peer']:.1f} s ({epoch['ratio']:.1f} times); a ranking of all "
+        f"users {ranking['jaxrec']:.1f} s, {ranking['peer']:.1f} s ({ranking['ratio']:.1f} times); "
+        f"peak memory of training {memory['jaxrec'] / 2**30:.2f} GiB, {memory['peer'] / 2**30:.2f} "
+        f"GiB ({memory['ratio']:.1f} times){when}; {result['device']}"
     )
 
 
