@@ -101,7 +101,7 @@ class Trainer:
             "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
         }
         # Those of an earlier life that was killed meanwhile are still there.
-        before = set(self.unfinished())
+        before = self.unfinished()
         writing = _Stopwatch()
         first_line_at = judged_at = None
         finished_before = self._judged()
@@ -116,8 +116,7 @@ class Trainer:
                     now = time.perf_counter() - start
                     if now > _LIMIT_SECONDS:
                         raise RuntimeError(f"{self.run.path}: no end after {now:.0f} s")
-                    self.now_writing = bool(set(self.unfinished()) - before)
-                    before &= set(self.unfinished())
+                    self.now_writing = bool(self.unfinished() - before)
                     writing.look(self.now_writing, now)
                     if first_line_at is None and self.log.stat().st_size:
                         first_line_at = now
@@ -141,12 +140,16 @@ class Trainer:
         phase = self._phase(before, begun)
         return Life(killed, phase, seconds, first_line_at, writing.median(), judged_at)
 
-    def unfinished(self) -> list[str]:
-        """Folders of checkpoints that are being written, or were when a process was killed."""
+    def unfinished(self) -> set[tuple[str, int]]:
+        """Checkpoints that are being written, or were when a process was killed.
+
+        By name and number on disk: the same step is written again when training goes on.
+        """
         try:
-            return [e.name for e in os.scandir(self.run.checkpoints) if _UNFINISHED in e.name]
+            entries = list(os.scandir(self.run.checkpoints))
         except FileNotFoundError:
-            return []
+            return set()
+        return {(e.name, e.inode()) for e in entries if _UNFINISHED in e.name}
 
     def points(self) -> list[dict[str, Any]]:
         """The curve as far as it is written."""
@@ -175,9 +178,9 @@ class Trainer:
         points = self.points()
         return bool(points) and "validation" in points[-1] and points[-1]["epoch"] == self._epochs
 
-    def _phase(self, before: set[str], begun: bool) -> str:
+    def _phase(self, before: set[tuple[str, int]], begun: bool) -> str:
         """From what is on disk when the process is dead."""
-        if set(self.unfinished()) - before:
+        if self.unfinished() - before:
             return "checkpoint"
         if not begun:
             return "start-up"
