@@ -26,7 +26,7 @@ def ending(folder: Path) -> dict[str, Any]:
     steps = sorted(int(e.name) for e in run.checkpoints.iterdir() if e.name.isdigit())
     newest = run.checkpoints / str(steps[-1])
     loop = json.loads((newest / "loop" / "metadata").read_text(encoding="utf-8"))
-    position = [p.read_text(encoding="utf-8") for p in sorted((newest / "data").glob("*.json"))]
+    position = json.loads((newest / "data" / "metadata").read_text(encoding="utf-8"))
     results = run.read_results() or {}
     return {
         "curves": curves,

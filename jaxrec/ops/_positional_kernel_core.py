@@ -68,17 +68,93 @@ def _attend(options: Options, inputs: Inputs) -> Array:
 
 
 def _forward(options: Options, inputs: Inputs) -> tuple[Array, _Residuals]:
-    xla, kernels = partial(_xla_forward, options), _on_tpu(options, _kernel_forward)
-    out, lse, key, value = platform_switch(xla, kernels, inputs)
+    out, lse, key, value = _run_forward(options, inputs)
     return out, _Residuals(inputs, key, value, out, lse)
 
 
 def _backward(options: Options, residuals: _Residuals, d_out: Array) -> tuple[Inputs]:
-    xla, kernels = partial(_xla_backward, options), _on_tpu(options, _kernel_backward)
-    return (platform_switch(xla, kernels, residuals, d_out),)
+    return (_run_backward(options, residuals, d_out),)
 
 
 _attend.defvjp(_forward, _backward)
+
+
+# A gradient of the gradient passes through the two below. A kernel has none, so that it is XLA's,
+# of the whole op and by its inputs; nothing reaches them by way of the other residuals.
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _run_forward(options: Options, inputs: Inputs) -> tuple[Array, ...]:
+    xla, kernels = partial(_xla_forward, options), _on_tpu(options, _kernel_forward)
+    return platform_switch(xla, kernels, inputs)
+
+
+def _run_forward_kept(options: Options, inputs: Inputs) -> tuple[tuple[Array, ...], Inputs]:
+    return _run_forward(options, inputs), inputs
+
+
+def _run_forward_backward(
+    options: Options, inputs: Inputs, gradients: tuple[Array, ...]
+) -> tuple[Inputs]:
+    return (_plain_gradients(options, inputs, gradients[0]),)
+
+
+_run_forward.defvjp(_run_forward_kept, _run_forward_backward)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _run_backward(options: Options, residuals: _Residuals, d_out: Array) -> Inputs:
+    xla, kernels = partial(_xla_backward, options), _on_tpu(options, _kernel_backward)
+    return platform_switch(xla, kernels, residuals, d_out)
+
+
+def _run_backward_kept(
+    options: Options, residuals: _Residuals, d_out: Array
+) -> tuple[Inputs, tuple[_Residuals, Array]]:
+    return _run_backward(options, residuals, d_out), (residuals, d_out)
+
+
+def _run_backward_backward(
+    options: Options, kept: tuple[_Residuals, Array], second: Inputs
+) -> tuple[_Residuals, Array]:
+    residuals, d_out = kept
+    inputs = residuals.inputs
+
+    def gradients(arrays: tuple[Any, ...], d_out: Array) -> tuple[Any, ...]:
+        found = _plain_gradients(options, _with_arrays(inputs, arrays), d_out)
+        return _arrays(found)
+
+    _, pull = jax.vjp(gradients, _arrays(inputs), d_out)
+    by_arrays, by_d_out = pull(_arrays(second))
+    others = (jnp.zeros_like(x) for x in residuals[1:])
+    return _Residuals(_gradients(*by_arrays), *others), by_d_out
+
+
+_run_backward.defvjp(_run_backward_kept, _run_backward_backward)
+
+
+def _arrays(inputs: Inputs) -> tuple[Any, ...]:
+    """What there are gradients of."""
+    return inputs[:5]
+
+
+def _with_arrays(inputs: Inputs, arrays: tuple[Any, ...]) -> Inputs:
+    return inputs._replace(**dict(zip(Inputs._fields, arrays, strict=False)))
+
+
+def _plain_gradients(options: Options, inputs: Inputs, d_out: Array) -> Inputs:
+    """XLA's, in code that can be differentiated."""
+
+    def plain(arrays: tuple[Any, ...]) -> Array:
+        given = _with_arrays(inputs, arrays)
+        key = _mix(options, given, 0, given.logit_kernel, given.key)
+        value = _mix(options, given, 1, given.value_kernel, given.value)
+        attention = _attention_inputs(given, key, value)
+        out: Array = _attention.attend(_attention_options(options, given), attention)
+        return out
+
+    (found,) = jax.vjp(plain, _arrays(inputs))[1](d_out)
+    return _gradients(*found)
 
 
 def _on_tpu(options: Options, function: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
