@@ -143,6 +143,7 @@ def _call(
     *,
     scratch: dict[str, Any],
     parallel: bool,
+    name: str,
     interpret: Any,
 ) -> list[Array]:
     names = [*given.names, *made.names, *scratch]
@@ -161,6 +162,7 @@ def _call(
         compiler_params=compat.compiler_params(
             dimension_semantics=(kind, kind), vmem_limit_bytes=_VMEM
         ),
+        name=f"positional_kernel_attention_{name}",
         interpret=interpret,
     )(*given.values)
     return results
@@ -212,6 +214,7 @@ def forward(
         made,
         scratch=buffers(spec, arrays.query.dtype, backward=False),
         parallel=True,
+        name="forward",
         interpret=interpret,
     )
     return out.reshape(arrays.value.shape), _from_slabs(spec, lse)
@@ -270,7 +273,16 @@ def backward(
                 _zero_when(first, refs[f"d_{name}_table"])
         _each_slab(spec, refs, backward_slab)
 
-    results = _call(spec, body, given, made, scratch=scratch, parallel=False, interpret=interpret)
+    results = _call(
+        spec,
+        body,
+        given,
+        made,
+        scratch=scratch,
+        parallel=False,
+        name="backward",
+        interpret=interpret,
+    )
     found = dict(zip(made.names, results, strict=True))
     return Gradients(
         found["dq"].reshape(arrays.query.shape),
