@@ -6,6 +6,7 @@ single process none of them does anything of its own.
 """
 
 import itertools
+import json
 import os
 import sys
 import threading
@@ -26,6 +27,11 @@ from jaxrec.errors import UserError
 # cause, which it then tells itself.
 _LOOK_SECONDS = 1.0
 _GRACE_SECONDS = 5.0
+
+# No JSON.
+_STOPPED = "stopped"
+# A note on an error that the others meet at the same call: nobody has to look for it.
+_TOLD = "the other processes have been told"
 
 Result = TypeVar("Result")
 
@@ -57,17 +63,41 @@ def agreed(action: Callable[[], Result]) -> Result | None:
     """
     if count() == 1:
         return action()
+    result: list[Result] = []
+    first_says(lambda: result.append(action()))
+    return result[0] if first() else None
+
+
+def first_says(action: Callable[[], Result]) -> Result:
+    """What `action` gives in the first process, in all of them.
+
+    Files are looked at like this where processes must not differ in what they see: a shared file
+    system may show one of them an older state.
+
+    Args:
+      action: gives a value that JSON can hold.
+
+    Raises:
+      UserError: in the others, if the first process has failed.
+    """
+    if count() == 1:
+        return action()
     key = f"jaxrec/agreed/{next(_calls)}"
     if not first():
-        if _wait_for(key) != "done":
-            raise UserError("process 0 stopped: see its message")
-        return None
-    outcome = "stopped"
+        said = _wait_for(key)
+        if said == _STOPPED:
+            error = UserError("process 0 stopped: see its message")
+            error.add_note(_TOLD)
+            raise error
+        return cast(Result, json.loads(said))
     try:
         result = action()
-        outcome = "done"
-    finally:
-        _client().key_value_set(key, outcome)
+        said = json.dumps(result)
+    except BaseException as error:
+        _client().key_value_set(key, _STOPPED)
+        error.add_note(_TOLD)
+        raise
+    _client().key_value_set(key, said)
     return result
 
 
@@ -122,10 +152,11 @@ def stopping_together(*together: type[BaseException]) -> Iterator[None]:
         highest(0)
     except together:
         raise
-    except BaseException:
-        # The first to fail is the one to look at.
-        with suppress(jax.errors.JaxRuntimeError):
-            _client().key_value_set(key, str(jax.process_index()))
+    except BaseException as error:
+        if _TOLD not in getattr(error, "__notes__", ()):
+            # The first to fail is the one to look at.
+            with suppress(jax.errors.JaxRuntimeError):
+                _client().key_value_set(key, str(jax.process_index()))
         raise
     finally:
         left.set()

@@ -6,7 +6,8 @@ the checkpoints before it as they were. Checksums are written before it gets its
 before anything is read: one that is damaged is passed over for the one before, and the loop says
 so. It knows neither the mesh of devices nor the number of processes that wrote it.
 
-Several processes save together; each reads by itself.
+Several processes save together. When they go on, the first says which checkpoints there are and
+whether they are whole, and each reads what its devices need. Any of them may open a run alone.
 """
 
 import json
@@ -18,6 +19,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,7 +30,7 @@ from orbax.checkpoint import checkpoint_managers
 
 from jaxrec.devices import Placement
 from jaxrec.errors import UserError
-from jaxrec.processes import first, highest
+from jaxrec.processes import agreed, first, first_says, highest
 from jaxrec.training.checksums import Damaged, check_checksums, has_checksums, write_checksums
 
 _KEPT_LATEST = 2
@@ -36,7 +38,7 @@ _SETTLE_SECONDS = 0.2
 _UNFINISHED = ocp.path.atomicity.TMP_DIR_SUFFIX
 # Beside the loop's own values: without it a checkpoint is of a version that wrote no checksums.
 _MARK = "checksums"
-# Orbax's JSON, and Grain's of runs begun before there were several processes.
+# The position of the data iterator as Orbax's JSON, and as Grain wrote it in earlier versions.
 _POSITION_FILES = ("metadata", "process_0-of-1.json")
 
 
@@ -69,7 +71,7 @@ class Checkpoints:
     Args:
       folder: where they are.
       metric: name of the validation metric that decides which is best.
-      create: make the folder, for writing; False opens what is there to read.
+      create: make the folder; False opens what is there to read.
       placement: what lies where while training on several devices.
     """
 
@@ -83,7 +85,7 @@ class Checkpoints:
     ) -> None:
         # Orbax tells every save and restore at this level; the loop has its own lines.
         logging.getLogger("absl").setLevel(logging.ERROR)
-        if create:
+        if create and first():
             folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
         self._metric = metric
@@ -123,7 +125,7 @@ class Checkpoints:
         if self._manager is None:
             self._manager = self._open()
         self._manager.wait_until_finished()
-        if step in self.steps():
+        if first_says(lambda: step in self.steps()):
             return
         if self._placement is not None:
             state = self._placement.take(state)
@@ -188,18 +190,17 @@ class Checkpoints:
         Raises:
           UserError: there are checkpoints, and none can be read.
         """
-        steps, restored = self.steps(), None
+        steps: list[int] = first_says(self.steps)
+        restored: Restored | None = None
         self._damaged = []
         for step in reversed(steps):
-            found, why = self._try_to_restore(step, state, iterator, check_only=bool(restored))
-            # Where one process cannot read it, the others do not use it either.
-            if highest(int(bool(why))):
+            why = first_says(partial(self._damage, step))
+            if why is None and restored is None:
+                restored, why = self._try_to_restore(step, state, iterator)
+            if why is not None:
                 self._damaged.append(step)
-                why = why or "in another process"
                 then = "trying the one before" if restored is None else "going on without it"
                 warn(f"checkpoint {self.folder / str(step)} cannot be read ({why}); {then}")
-            else:
-                restored = restored or found
         if restored is None:
             if not steps:
                 return None
@@ -215,6 +216,14 @@ class Checkpoints:
             )
         return restored
 
+    def _damage(self, step: int) -> str | None:
+        """Why the checkpoint is not what was written; None if it is."""
+        try:
+            self._check(step)
+        except Exception as error:
+            return _why(error)
+        return None
+
     def _check(self, step: int, item: str | None = None) -> None:
         """Raises Damaged unless the checkpoint is what was written."""
         folder = self.folder / str(step)
@@ -222,14 +231,17 @@ class Checkpoints:
             check_checksums(folder, step, item=item)
 
     def _try_to_restore(
-        self, step: int, state: Any, iterator: Any, *, check_only: bool
-    ) -> tuple[Restored | None, str]:
-        """What is in the checkpoint, and why it cannot be read."""
+        self, step: int, state: Any, iterator: Any
+    ) -> tuple[Restored | None, str | None]:
+        """What was restored, or why not; one process that cannot is enough."""
+        restored, why = None, None
         try:
-            self._check(step)
-            return None if check_only else self._restore(step, state, iterator), ""
+            restored = self._restore(step, state, iterator)
         except Exception as error:
-            return None, _why(error)
+            why = _why(error)
+        if highest(int(restored is None)):
+            return None, why or "not by another process"
+        return restored, None
 
     def _restore(self, step: int, state: Any, iterator: Any) -> Restored:
         placement = self._placement
@@ -250,18 +262,20 @@ class Checkpoints:
         return Restored(step, state, LoopState(**loop))
 
     def _position(self, step: int) -> Any:
-        """The state of the data iterator, by whichever handler it was written."""
         folder = self.folder / str(step) / "data"
         for name in _POSITION_FILES:
             if (folder / name).is_file():
-                return json.loads((folder / name).read_text())
+                return json.loads((folder / name).read_text(encoding="utf-8"))
         raise FileNotFoundError(f"{folder}: no position of the data")
 
     def forget_after(self, step: int) -> None:
         """Deletes the checkpoints after `step`, so that their steps can be saved again.
 
-        Those that `restore_latest` found damaged are deleted too.
+        Those that `restore_latest` found damaged are deleted too. Called by all processes.
         """
+        agreed(lambda: self._forget_after(step))
+
+    def _forget_after(self, step: int) -> None:
         for one in self.steps():
             if one > step or one in self._damaged:
                 _delete(self.folder / str(one))
@@ -355,6 +369,12 @@ class Checkpoints:
         self._reader.close()
 
 
+def _each_by_itself() -> ocp.options.MultiprocessingOptions:
+    """Reading waits for nobody."""
+    process = jax.process_index()
+    return ocp.options.MultiprocessingOptions(primary_host=process, active_processes={process})
+
+
 def _of_an_older_version(folder: Path) -> bool:
     """Whether the checkpoint was written without checksums, and not robbed of them."""
     try:
@@ -379,12 +399,6 @@ def _delete(path: Path) -> None:
     shutil.rmtree(aside, ignore_errors=True)
     path.rename(aside)
     shutil.rmtree(aside)
-
-
-def _each_by_itself() -> ocp.options.MultiprocessingOptions:
-    """No process waits for another: any of them may open a run alone."""
-    process = jax.process_index()
-    return ocp.options.MultiprocessingOptions(primary_host=process, active_processes={process})
 
 
 @contextmanager

@@ -136,8 +136,7 @@ def _train(
         restored = checkpoints.restore_latest(state, iterator, report.line)
         if restored is not None:
             state, loop = restored.state, restored.loop
-            step_read = restored.step
-            agreed(lambda: checkpoints.forget_after(step_read))
+            checkpoints.forget_after(restored.step)
             # Epochs and patience may be others now.
             loop = loop._replace(finished=_is_finished(config.training, loop))
             if not loop.finished:

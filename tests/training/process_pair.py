@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+from quick_compiler import QUICKEST
 from small_sets import base_dir
 
 _SECONDS = 240
@@ -63,10 +64,10 @@ class Pair:
 
 
 def _environment() -> dict[str, str]:
+    quickly = [f"--{name}={value}".lower() for name, value in QUICKEST.items()]
     return {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
-        # Compiling takes most of the time: without most optimisations, and the first process of a
-        # pair for that of the next.
+        # Compiling takes most of the time: as quickly as can be, and kept for the next pair.
+        "XLA_FLAGS": " ".join(["--xla_force_host_platform_device_count=2", *quickly]),
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
         "JAX_COMPILATION_CACHE_DIR": str(base_dir() / "compiled-by-pairs"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",

@@ -159,6 +159,8 @@ def remove_position(step):
 
 
 def spoil_position(step):
+    """Past the end of the data, in a checkpoint of before there were checksums."""
+    without_checksums(step)
     (step / "data" / "metadata").write_text('{"next_index": 1000}')
 
 
@@ -215,19 +217,6 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(spoilt, damage):
     assert f"checkpoint {spoilt / '6'} cannot be read" in told[0]
     assert told[0].endswith("trying the one before")
     assert "\n" not in told[0]
-
-
-def test_the_position_as_grain_wrote_it_is_read(spoilt):
-    """Runs begun by earlier versions, which wrote no checksums either, go on."""
-    data, loop = spoilt / "6" / "data", spoilt / "6" / "loop" / "metadata"
-    (data / "metadata").rename(data / "process_0-of-1.json")
-    (spoilt / "6" / CHECKSUMS).unlink()
-    values = json.loads(loop.read_text())
-    del values["checksums"]
-    loop.write_text(json.dumps(values))
-    restored, position, told = restore(spoilt)
-    assert (restored.step, told) == (6, [])
-    assert next(position) == 12
 
 
 @pytest.mark.parametrize("damage", [truncate, become_a_file, spoil_loop])
@@ -295,8 +284,12 @@ def without_checksums(step):
 def test_checkpoints_of_before_there_were_checksums(spoilt):
     for step in ("3", "5", "6"):
         without_checksums(spoilt / step)
-    restored, _, told = restore(spoilt)
+        # Then Grain wrote the position.
+        data = spoilt / step / "data"
+        (data / "metadata").rename(data / "process_0-of-1.json")
+    restored, position, told = restore(spoilt)
     assert (restored.step, told) == (6, [])
+    assert next(position) == 12
     assert restored.loop == LOOP._replace(epoch=6)
     checkpoints = Checkpoints(spoilt, "ndcg@10")
     assert checkpoints.read_parameters("best")[0] == 3

@@ -21,6 +21,8 @@ from small_sets import compiled_once, config_file, small_config
 
 import jaxrec
 from jaxrec.cli.main import main
+from jaxrec.devices import make_mesh
+from jaxrec.errors import UserError
 from jaxrec.training.config import MeshConfig
 from jaxrec.training.loop import train
 from jaxrec.training.run_folder import RunFolder
@@ -78,10 +80,8 @@ run = jaxrec.fit(
     load_config(here + "/other.py"), here + "/run", results_folder=here + "/results"
 )
 codes = [
-    main(["train", here + "/other.py", "--out", here + "/" + folder, *options])
-    for folder, options in (
-        ("thesis", []), ("held", []), ("mesh", ["--mesh.data", "1"])
-    )
+    main(["train", here + "/other.py", "--out", here + "/" + folder])
+    for folder in ("thesis", "held")
 ]
 print(json.dumps({"owners": owners, "step": run.step, "codes": codes}), flush=True)
 code = main(["train", here + "/fail.py", "--out", here + "/failed", "--quiet"])
@@ -204,23 +204,28 @@ def test_two_processes_with_another_mesh_continue_and_failures_end_both(stopped,
 
     # What is refused.
     assert [end.code for end in ends] == [2, 2]
-    assert printed[0]["codes"] == [2, 2, 2]
+    assert printed[0]["codes"] == [2, 2]
     first, second = ([x for x in of_jaxrec(e.errors) if x.startswith("jaxrec: ")] for e in ends)
     other = "jaxrec: process 0 stopped: see its message"
     assert "thesis: not a run folder" in first[0]
     assert "held: another process is training into it" in first[1]
     assert second[:2] == [other, other]
-    assert first[2] == second[2]
-    assert "is 1 x 2, but the 2 processes have 4 devices and must use all" in first[2]
     assert [path.name for path in (tmp_path / "thesis").iterdir()] == ["chapter1.txt"]
     assert not list((tmp_path / "held").iterdir())
-    assert not (tmp_path / "mesh").exists()
 
     # What goes wrong in one process alone, while the other waits for it.
-    assert first[3:] == ["jaxrec: process 1 stopped: see its message"]
-    assert second[3:] == ["jaxrec: the disk of process 1 is gone"]
+    assert first[2:] == ["jaxrec: process 1 stopped: see its message"]
+    assert second[2:] == ["jaxrec: the disk of process 1 is gone"]
     # The first printed what training reports, the second nothing else.
     assert of_jaxrec(ends[1].errors) == second
+
+
+def test_the_mesh_leaves_no_process_out(monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 4)
+    message = "is 1 x 2, but the 4 processes have 8 devices and must use all of them"
+    with pytest.raises(UserError, match=message):
+        make_mesh(1, 2)
+    assert dict(make_mesh(0, 2).shape) == {"data": 4, "model": 2}
 
 
 def test_a_process_that_waits_in_vain_says_so(tmp_path):
