@@ -1,8 +1,8 @@
 """The differentiable core of positional kernel attention.
 
-XLA's form mixes keys and values, then attends; it keeps the mixed arrays for backward. The kernel
-mixes them again, and in their place keeps the arrays that it was given, which costs nothing: one
-tuple of residuals serves both.
+XLA's form mixes keys and values, then attends; it keeps the mixed arrays for backward, as the
+kernels for long rows do. The kernel for whole rows mixes them again, and in their place keeps the
+arrays that it was given, which costs nothing: one tuple of residuals serves all.
 """
 
 from collections.abc import Callable
@@ -18,8 +18,9 @@ from jaxrec.ops import _attention_factors as _factors
 from jaxrec.ops import _attention_mix_tables as _tables
 from jaxrec.ops._dispatch import platform_switch
 from jaxrec.ops._manual_axes import vary_together
+from jaxrec_kernels.positional_kernel_attention import LONGEST_WHOLE
 
-# The slot of no sequence, for the kernel.
+# The slot of no sequence, for the kernels.
 _NOBODY = -(2**31)
 
 
@@ -209,63 +210,138 @@ def _xla_backward(options: Options, residuals: _Residuals, d_out: Array) -> Inpu
     return _gradients(d.query, d_key, d_value, d_logit_kernel, d_value_kernel)
 
 
-def _table(options: Options, which: int, length: int, kernel: Any) -> Any:
-    """The factor as a lower-triangular operator float32[groups, length, length]."""
-    if kernel is None:
-        return None
-    kernel = kernel.astype(jnp.float32)
-    if options.structures[which] == "toeplitz":
-        return _tables.taps_table(kernel, length)
-    return _tables.triangle_table(kernel, upper=options.upper[which])[:, :length, :length]
-
-
-def _kernel_call(options: Options, inputs: Inputs, kernels: tuple[Any, Any]) -> tuple[Any, Any]:
-    """Operands of the kernel, and its static arguments."""
-    from jaxrec_kernels.positional_kernel_attention import tpu
-
-    length = inputs.query.shape[1]
+def _kernel_ids(inputs: Inputs) -> Int[Array, "batch length"] | None:
+    """What the kernels tell events apart by."""
     ids = inputs.segment_ids
-    if inputs.valid is not None or ids is not None:
-        ids = jnp.zeros(inputs.query.shape[:2], jnp.int32) if ids is None else ids
-        ids = ids.astype(jnp.int32)
-        if inputs.valid is not None:
-            ids = jnp.where(inputs.valid, jnp.maximum(ids, _NOBODY + 1), _NOBODY)
-    tables = [_table(options, which, length, kernels[which]) for which in (0, 1)]
-    arrays = tpu.Arrays(inputs.query, inputs.key, inputs.value, ids, inputs.seeds, *tables)
-    bands = tuple(
-        kernel.shape[-1] if kernel is not None and structure == "toeplitz" else length
-        for structure, kernel in zip(options.structures, kernels, strict=True)
-    )
-    static = {
-        "scale": options.scale,
-        "dropout_rate": options.dropout_rate,
-        "bands": bands,
-        "segmented": inputs.segment_ids is not None,
-    }
-    return arrays, static
+    if inputs.valid is None and ids is None:
+        return None
+    ids = jnp.zeros(inputs.query.shape[:2], jnp.int32) if ids is None else ids
+    ids = ids.astype(jnp.int32)
+    if inputs.valid is None:
+        return ids
+    return jnp.where(inputs.valid, jnp.maximum(ids, _NOBODY + 1), _NOBODY)
+
+
+class _Whole(NamedTuple):
+    """The kernel that has a whole row in the vector memory, and the operators as squares."""
+
+    options: Options
+    inputs: Inputs
+
+    def table(self, which: int, kernel: Array) -> Float[Array, "groups length length"]:
+        length, kernel = self.inputs.query.shape[1], kernel.astype(jnp.float32)
+        if self.options.structures[which] == "toeplitz":
+            return _tables.taps_table(kernel, length)
+        return _tables.triangle_table(kernel, upper=self.options.upper[which])[:, :length, :length]
+
+    def _call(self) -> tuple[Any, Any]:
+        from jaxrec_kernels.positional_kernel_attention import tpu
+
+        inputs = self.inputs
+        tables = _each_kernel(inputs, self.table)
+        arrays = inputs.query, inputs.key, inputs.value, _kernel_ids(inputs), inputs.seeds
+        static = {
+            "scale": self.options.scale,
+            "dropout_rate": self.options.dropout_rate,
+            "bands": tuple(_band(self.options, inputs, which) for which in (0, 1)),
+            "segmented": inputs.segment_ids is not None,
+        }
+        return tpu.Arrays(*arrays, *tables), static
+
+    def forward(self) -> tuple[Array, ...]:
+        from jaxrec_kernels.positional_kernel_attention import tpu
+
+        arrays, static = self._call()
+        out, lse = tpu.forward(arrays, **static)
+        # It mixes them again.
+        return out, lse, self.inputs.key, self.inputs.value
+
+    def backward(self, residuals: _Residuals, d_out: Array) -> Any:
+        from jaxrec_kernels.positional_kernel_attention import tpu
+
+        arrays, static = self._call()
+        return tpu.backward(arrays, residuals.out, residuals.log_sum_exp, d_out, **static)
+
+
+class _Long(NamedTuple):
+    """The kernels for rows that are cut, and the operators in blocks."""
+
+    options: Options
+    inputs: Inputs
+
+    def table(self, which: int, kernel: Array) -> Float[Array, "..."]:
+        from jaxrec_kernels.long_attention.plan import plan_of
+
+        plan, kernel = plan_of(self.inputs.query), kernel.astype(jnp.float32)
+        length, behind = plan.length, plan.padded - plan.length
+        if self.options.structures[which] == "toeplitz":
+            return _tables.taps_tiles(kernel[:, :length], plan.block, plan.blocks)
+        triangle = _tables.triangle_table(kernel, upper=self.options.upper[which])
+        return jnp.pad(triangle[:, :length, :length], ((0, 0), (0, behind), (0, behind)))
+
+    def _call(self) -> tuple[Any, Any]:
+        from jaxrec_kernels.long_attention import mix, tpu
+
+        inputs = self.inputs
+        operators = (
+            None
+            if blocks is None
+            else mix.Operator(
+                blocks, _band(self.options, inputs, which), inputs.segment_ids is not None
+            )
+            for which, blocks in enumerate(_each_kernel(inputs, self.table))
+        )
+        arrays = inputs.query, inputs.key, inputs.value, _kernel_ids(inputs), inputs.seeds
+        static = {"scale": self.options.scale, "dropout_rate": self.options.dropout_rate}
+        return tpu.Arrays(*arrays, *operators), static
+
+    def forward(self) -> tuple[Array, ...]:
+        from jaxrec_kernels.long_attention import tpu
+
+        arrays, static = self._call()
+        out, lse, mixed = tpu.forward(arrays, **static)
+        return out, lse, *mixed
+
+    def backward(self, residuals: _Residuals, d_out: Array) -> Any:
+        from jaxrec_kernels.long_attention import tpu
+
+        arrays, static = self._call()
+        mixed = tpu.Mixed(residuals.key, residuals.value)
+        kept = mixed, residuals.out, residuals.log_sum_exp
+        return tpu.backward(arrays, *kept, d_out, **static)
+
+
+def _kernel_for(options: Options, inputs: Inputs) -> _Whole | _Long:
+    kernel = _Whole if inputs.query.shape[1] <= LONGEST_WHOLE else _Long
+    return kernel(options, inputs)
+
+
+def _each_kernel(inputs: Inputs, table: Callable[[int, Array], Any]) -> list[Any]:
+    kernels = inputs.logit_kernel, inputs.value_kernel
+    return [
+        None if kernel is None else table(which, kernel) for which, kernel in enumerate(kernels)
+    ]
+
+
+def _band(options: Options, inputs: Inputs, which: int) -> int:
+    """Entries of the operator this far or further below the diagonal are zero."""
+    kernel = (inputs.logit_kernel, inputs.value_kernel)[which]
+    taps = kernel is not None and options.structures[which] == "toeplitz"
+    length = inputs.query.shape[1]
+    return min(kernel.shape[-1], length) if taps and kernel is not None else length
 
 
 def _kernel_forward(options: Options, inputs: Inputs) -> tuple[Array, ...]:
-    from jaxrec_kernels.positional_kernel_attention import tpu
-
-    arrays, static = _kernel_call(options, inputs, (inputs.logit_kernel, inputs.value_kernel))
-    out, lse = tpu.forward(arrays, **static)
-    return out, lse, inputs.key, inputs.value
+    return _kernel_for(options, inputs).forward()
 
 
 def _kernel_backward(options: Options, residuals: _Residuals, d_out: Array) -> Inputs:
-    from jaxrec_kernels.positional_kernel_attention import tpu
-
     inputs = residuals.inputs
-    kernels = (inputs.logit_kernel, inputs.value_kernel)
-    arrays, static = _kernel_call(options, inputs, kernels)
-    found = tpu.backward(arrays, residuals.out, residuals.log_sum_exp, d_out, **static)
-    d_kernels: list[Any] = []
-    for which, d_table in enumerate((found.logit_table, found.value_table)):
-        if d_table is None:
-            d_kernels.append(None)
-            continue
-        length = inputs.query.shape[1]
-        _, pull = jax.vjp(partial(_table, options, which, length), kernels[which])
-        d_kernels.append(pull(d_table)[0])
-    return _gradients(found.query, found.key, found.value, *d_kernels)
+    kernel = _kernel_for(options, inputs)
+    *d_arrays, d_logits, d_values = kernel.backward(residuals, d_out)
+    d_tables = d_logits, d_values
+
+    def through_table(which: int, factor: Array) -> Any:
+        return jax.vjp(partial(kernel.table, which), factor)[1](d_tables[which])[0]
+
+    return _gradients(*d_arrays, *_each_kernel(inputs, through_table))

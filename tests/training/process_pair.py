@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-from quick_compiler import QUICKEST
+from quick_compiler import QUICKEST, as_flags
 from small_sets import base_dir
 
 _SECONDS = 240
@@ -64,10 +64,9 @@ class Pair:
 
 
 def _environment() -> dict[str, str]:
-    quickly = [f"--{name}={value}".lower() for name, value in QUICKEST.items()]
     return {
         # Compiling takes most of the time: as quickly as can be, and kept for the next pair.
-        "XLA_FLAGS": " ".join(["--xla_force_host_platform_device_count=2", *quickly]),
+        "XLA_FLAGS": " ".join(["--xla_force_host_platform_device_count=2", *as_flags(QUICKEST)]),
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
         "JAX_COMPILATION_CACHE_DIR": str(base_dir() / "compiled-by-pairs"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",

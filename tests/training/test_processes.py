@@ -145,7 +145,8 @@ def assert_same_run(folder, wanted):
 
 # What Gloo prints from several threads, piece by piece: pieces of two lines can stand in one.
 GLOO = re.compile(
-    r"\[Gloo\] Rank |\d+| is connected to | peer ranks\. |Expected number of connected peer ranks is : "
+    r"\[Gloo\] Rank |\d+| is connected to | peer ranks\. "
+    r"|Expected number of connected peer ranks is : "
 )
 
 

@@ -1,9 +1,10 @@
-"""Positional kernel attention: what the kernel takes; the kernel itself is imported when traced."""
+"""Positional kernel attention: what the kernels take; they themselves are imported when traced."""
 
 from typing import Any
 
-# Squares up to this side stay in VMEM with everything that is computed from them.
-LONGEST = 1024
+# Squares up to this side stay in VMEM with everything that is computed from them; longer rows are
+# for `jaxrec_kernels.long_attention`, as long as a row's gradient of queries stays there.
+LONGEST_WHOLE, LONGEST = 1024, 16384
 LANES = 128
 
 

@@ -9,12 +9,20 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 
 from jaxrec_kernels.attention_dropout import keep_bits
-from jaxrec_kernels.positional_kernel_attention.mixing import LOG2E, Mixed, backward_mix, mix_both
-from jaxrec_kernels.positional_kernel_attention.slab import Slab, dot, kept, only
+from jaxrec_kernels.attention_tile import (
+    LOG2E,
+    Softmax,
+    absorb,
+    dot,
+    logits_of,
+    through_softmax,
+    visible,
+)
+from jaxrec_kernels.positional_kernel_attention.mixing import Mixed, backward_mix, mix_both
+from jaxrec_kernels.positional_kernel_attention.slab import Slab, kept, only
 from jaxrec_kernels.positional_kernel_attention.spec import Member, key_tiles, query_blocks
 
 _F32 = jnp.float32
-MASKED = -1e30
 
 
 class _Weights:
@@ -29,32 +37,26 @@ class _Weights:
 
     def visible(self, keys: tuple[int, int], queries: tuple[int, int]) -> Array | None:
         """bool[keys, queries], or None where every query of the tile sees all of its keys."""
-        mask = None
-        shape = (keys[1] - keys[0], queries[1] - queries[0])
         # Tiles of keys and blocks of queries begin at the same slots.
-        if keys[0] == queries[0]:
-            key, query = (lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (0, 1))
-            mask = key <= query
-        if self.ids is not None:
-            same = self.ids.sublanes[slice(*keys)] == self.ids.lanes[:, slice(*queries)]
-            mask = same if mask is None else mask & same
-        return mask
+        shape, diagonal = (keys[1] - keys[0], queries[1] - queries[0]), keys[0] == queries[0]
+        if self.ids is None:
+            return visible(shape, diagonal=diagonal)
+        return visible(
+            shape,
+            diagonal=diagonal,
+            key_ids=self.ids.sublanes[slice(*keys)],
+            query_ids=self.ids.lanes[:, slice(*queries)],
+        )
 
-    def kept(self, keys: tuple[int, int], queries: tuple[int, int]) -> Array:
+    def kept(self, keys: tuple[int, int], queries: tuple[int, int]) -> Array | None:
         """float32[keys, queries], the factor of dropout: 0, or 1 / (1 - rate)."""
         rate = self.spec.dropout_rate
+        if not rate:
+            return None
         query = queries[0] + lax.broadcasted_iota(jnp.int32, (1, queries[1] - queries[0]), 1)
         key = keys[0] + lax.broadcasted_iota(jnp.int32, (keys[1] - keys[0], 1), 0)
         keep = keep_bits(self.seeds[0], self.seeds[1], self.start + query, key, rate)
         return jnp.where(keep, _F32(1 / (1 - rate)), _F32(0))
-
-
-def _logits(factor: float, mask: Array | None, key: Array, query: Array) -> Array:
-    """float32[keys, queries], in units of log 2."""
-    logits = dot(key, query, (1, 1))
-    if factor != 1.0:
-        logits = logits * _F32(factor)
-    return logits if mask is None else jnp.where(mask, logits, _F32(MASKED))
 
 
 def forward_slab(slab: Slab, first_head: Any, batch_row: Any) -> None:
@@ -77,28 +79,15 @@ def _forward_member(
     spec, refs, at = slab.spec, slab.refs, slice(*queries)
     values = refs[kept("value_down")]
     query = only(spec, [member], refs[kept("q")][at])
-    # The largest logit so far, the sum of weights, and that of weighted values.
-    state: tuple[Array, Array, Array] | None = None
+    state: Softmax | None = None
     for keys in key_tiles(queries[1]):
         mask = weights_of.visible(keys, queries)
-        logits = _logits(mixed.factor, mask, mixed.key[slice(*keys)], query)
-        top = jnp.max(logits, axis=0, keepdims=True)
-        if state is not None:
-            top = jnp.maximum(top, state[0])
-        weights = jnp.exp2(logits - top)
-        part = jnp.sum(weights, axis=0, keepdims=True)
-        if spec.dropout_rate:
-            weights = weights * weights_of.kept(keys, queries)
-        product = dot(values[member.lanes, slice(*keys)], weights.astype(values.dtype), (1, 0))
-        if state is not None:
-            shrink = jnp.exp2(state[0] - top)
-            part, product = state[1] * shrink + part, state[2] * shrink + product
-        state = top, part, product
+        logits = logits_of(mixed.key[slice(*keys)], query, mixed.factor, mask)
+        keep = weights_of.kept(keys, queries)
+        state = absorb(state, logits, values[member.lanes, slice(*keys)], keep)
     assert state is not None
-    largest, total, out = state
-    refs[kept("out")][member.lanes, : at.stop - at.start] = out / total
-    lse = (largest + jnp.log2(total)) * _F32(1 / LOG2E)
-    refs["lse"][slab.first_row + member.row, member.here, at] = lse
+    refs[kept("out")][member.lanes, : at.stop - at.start] = state.out / state.total
+    refs["lse"][slab.first_row + member.row, member.here, at] = state.log_sum_exp
 
 
 def backward_slab(slab: Slab, first_head: Any, batch_row: Any) -> None:
@@ -143,14 +132,12 @@ def _backward_member(
     for keys in key_tiles(queries[1]):
         these = slice(*keys)
         mask = weights_of.visible(keys, queries)
-        weights = jnp.exp2(_logits(mixed.factor, mask, mixed.key[these], query) - lse)
+        logits = logits_of(mixed.key[these], query, mixed.factor, mask)
         d_weights = dot(mixed.value[these], d_mine, (1, 1))
-        dropped = weights
-        if spec.dropout_rate:
-            keep = weights_of.kept(keys, queries)
-            dropped, d_weights = weights * keep, d_weights * keep
-        d_value[these] += dot(dropped.astype(d_mine.dtype), d_mine, (1, 0))
-        d_logits = (weights * (d_weights - delta)).astype(query.dtype)
+        keep = weights_of.kept(keys, queries)
+        weights, d_tile = through_softmax(logits, lse, d_weights, delta, keep)
+        d_value[these] += dot(weights.astype(d_mine.dtype), d_mine, (1, 0))
+        d_logits = d_tile.astype(query.dtype)
         d_key[these] += dot(d_logits, query, (1, 0))
         part = dot(key_down[member.lanes, these], d_logits, (1, 0))
         total = part if total is None else total + part

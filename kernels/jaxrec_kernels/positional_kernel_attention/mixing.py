@@ -1,20 +1,18 @@
 """The causal mix along the sequence, its transpose, and the gradient of its operator."""
 
 import functools
-import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import Array
 
+from jaxrec_kernels.attention_tile import LOG2E, dot
 from jaxrec_kernels.positional_kernel_attention import LANES
-from jaxrec_kernels.positional_kernel_attention.slab import Ids, Slab, dot, kept, only
+from jaxrec_kernels.positional_kernel_attention.slab import Ids, Slab, kept, only
 from jaxrec_kernels.positional_kernel_attention.spec import Member, Mix, query_blocks
 
 _F32 = jnp.float32
-# Logits are in units of log 2.
-LOG2E = math.log2(math.e)
 
 
 class _Operator(NamedTuple):

@@ -7,12 +7,11 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental.pallas import tpu as pltpu
 
+from jaxrec_kernels.attention_tile import NOBODY
 from jaxrec_kernels.positional_kernel_attention import LANES
 from jaxrec_kernels.positional_kernel_attention.spec import Member, Spec
 
 _F32 = jnp.float32
-# Stands for `no sequence`: the slot is padding.
-NOBODY = -(2**31)
 
 
 class Ids(NamedTuple):
@@ -87,11 +86,6 @@ def beside(parts: list[Array]) -> Array:
 
 def below(parts: list[Array]) -> Array:
     return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=0)
-
-
-def dot(a: Array, b: Array, contract: tuple[int, int]) -> Array:
-    dims = (((contract[0],), (contract[1],)), ((), ()))
-    return lax.dot_general(a, b, dims, preferred_element_type=_F32)
 
 
 def only(spec: Spec, members: list[Member], x: Array) -> Array:

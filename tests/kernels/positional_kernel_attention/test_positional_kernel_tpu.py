@@ -8,106 +8,29 @@ instead of added, statistics of the wrong head, dropout bits of another row.
 """
 
 import functools
-from contextlib import contextmanager
 
 import attention_cases as cases
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from attention_cases import close, draw
-from jax.experimental.pallas import tpu as pltpu
+from attention_cases import close
 from oracles import positional_kernel as oracle
+from positional_kernel_cases import (
+    FULL,
+    NAN,
+    NONE,
+    RACES,
+    TAPS,
+    Case,
+    on_kernel,
+    pka,
+    run_on_kernel,
+)
 
 from jaxrec import ops
-from jaxrec.ops import _dispatch, _positional_kernel_core
 from jaxrec.ops._attention_dropout import keep_mask
 from jaxrec_kernels.attention_dropout import keep_bits
-from jaxrec_kernels.positional_kernel_attention import tpu
-
-pka = ops.positional_kernel_attention
-
-TAPS, FULL, NONE = "toeplitz", "full", "identity"
-
-
-@contextmanager
-def on_kernel(interpret=True):
-    """Inside, ops run their TPU kernel, interpreted."""
-
-    def forced(xla, kernels, *operands):
-        return kernels["tpu"](*operands) if "tpu" in kernels else switch(xla, kernels, *operands)
-
-    switch = _dispatch.platform_switch
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_positional_kernel_core, "platform_switch", forced)
-        for name in ("forward", "backward"):
-            patch.setattr(tpu, name, functools.partial(getattr(tpu, name), interpret=interpret))
-        # What was traced outside does not hold inside, nor the other way around.
-        _positional_kernel_core.attend.clear_cache()
-        yield
-    _positional_kernel_core.attend.clear_cache()
-
-
-class Case:
-    """Arrays of a call of the op, and the call."""
-
-    def __init__(
-        self, shape, pattern, structure, *, dtype=jnp.float32, heads=None, band=None, rate=0.0
-    ):
-        batch, length, count, width = shape
-        rng = np.random.default_rng(7)
-        self.valid, self.ids = cases.rows(pattern, batch, length)
-        q, k, v = cases.qkv(rng, batch, length, count, width, width)
-
-        def factor(name):
-            if name == NONE:
-                return None
-            lead = () if heads is None else (heads,)
-            inner = (band or length,) if name == TAPS else (length, length)
-            return draw(rng, *lead, *inner) * 0.3
-
-        self.structure, self.rate = structure, rate
-        self.factors = [factor(name) for name in structure]
-        self.arrays = [jnp.asarray(x, dtype) for x in (q, k, v)]
-        self.arrays += [jnp.asarray(x) for x in self.factors if x is not None]
-        self.d_out = jnp.asarray(draw(rng, batch, length, count, width), dtype)
-
-    def op(self, q, k, v, *factors):
-        given = iter(factors)
-        u, w = (None if factor is None else next(given) for factor in self.factors)
-        return pka(
-            q,
-            k,
-            v,
-            u,
-            w,
-            structure=self.structure,
-            valid=self.valid,
-            segment_ids=self.ids,
-            dropout_rate=self.rate,
-            dropout_key=jax.random.key(3),
-        )
-
-    def run(self, arrays=None):
-        def both(arrays, d_out):
-            out, pull = jax.vjp(self.op, *arrays)
-            return [out, *pull(d_out)]
-
-        arrays = self.arrays if arrays is None else arrays
-        return jax.jit(both, compiler_options=cases.QUICK)(arrays, self.d_out)
-
-    def names(self):
-        factors = zip("ul", self.factors, strict=True)
-        return ["out", "dq", "dk", "dv", *(f"d{n}" for n, x in factors if x is not None)]
-
-
-def run_on_kernel(case, interpret=True, arrays=None):
-    with on_kernel(interpret):
-        return case.run(arrays)
-
-
-# Fills what was never written with NaN; several times slower.
-NAN = pltpu.InterpretParams(uninitialized_memory="nan", out_of_bounds_reads="raise")
 
 GRID = [
     ((2, 20, 1, 16), "plain", (TAPS, TAPS), {}),
@@ -146,10 +69,7 @@ def test_the_literal_form_in_float64():
 
 def test_no_races_and_bfloat16():
     case = Case((4, 140, 1, 64), "packed", (TAPS, TAPS), dtype=jnp.bfloat16)
-    races = pltpu.InterpretParams(
-        detect_races=True, uninitialized_memory="nan", out_of_bounds_reads="raise"
-    )
-    got = run_on_kernel(case, races)
+    got = run_on_kernel(case, RACES)
     exact = Case((4, 140, 1, 64), "packed", (TAPS, TAPS))
     rounded = [x.astype(jnp.float32) for x in case.arrays]
     exact.d_out = case.d_out.astype(jnp.float32)
@@ -206,7 +126,8 @@ def test_what_runs_is_told():
 
     assert asked(4, 200, 1, 64).implementation == "pallas"
     assert asked(4, 200, 1, 64, implementation="xla").implementation == "xla"
-    assert "up to 1024, not 2000" in asked(4, 2000, 1, 64).reason
+    assert asked(4, 2000, 1, 64).implementation == "pallas"
+    assert "up to 16384, not 20000" in asked(4, 20000, 1, 64).reason
     assert "3 heads of 48" in asked(4, 200, 3, 48).reason
     assert asked(4, 200, 2, 48).implementation == "pallas"
     x = spec(4, 200, 1, 64)
@@ -214,8 +135,8 @@ def test_what_runs_is_told():
     ids = spec(4, 200, dtype=jnp.int32)
     choice = ops.explain(pka, x, x, x, full, full, structure="full", segment_ids=ids, target="tpu")
     assert "at the slots of a row" in choice.reason
-    with pytest.raises(ValueError, match="cannot run: the kernel is for lengths up to 1024"):
-        asked(4, 2000, 1, 64, implementation="pallas")
+    with pytest.raises(ValueError, match="cannot run: the kernel is for lengths up to 16384"):
+        asked(4, 20000, 1, 64, implementation="pallas")
     assert (
         "no bias by distance"
         in ops.explain("causal_attention", x, x, x, distance_bias=spec(200), target="tpu").reason

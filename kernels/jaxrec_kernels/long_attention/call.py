@@ -1,0 +1,310 @@
+"""A kernel over pairs of blocks: its operands by name, its grid, what it knows of segments."""
+
+import itertools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from jaxrec_kernels import compat
+from jaxrec_kernels.attention_dropout import keep_bits
+from jaxrec_kernels.attention_tile import NOBODY, visible
+from jaxrec_kernels.long_attention.plan import LANES, Pairs, Plan
+
+_F32 = jnp.float32
+# The scalar memory holds so many blocks' least and largest ids.
+_MOST_RANGES = 1 << 14
+# Gradients of the queries of a whole row stay in VMEM: 8 MB at length 16,384.
+_VMEM = 64 * 2**20
+
+
+class Masks(NamedTuple):
+    """Who sees whom beside causality: nobody sees NOBODY, and ids see their like."""
+
+    ids: Array | None  # int32[batch, 1, padded]
+    ranges: Array | None  # int32[2 * batch * blocks]: least and largest id of a block
+
+
+def masks_of(plan: Plan, ids: Array | None) -> Masks:
+    """`ids`: int32[batch, length], NOBODY for padding; None where all events see each other."""
+    if ids is None and plan.padded == plan.length:
+        return Masks(None, None)
+    segmented = ids is not None
+    if ids is None:
+        ids = jnp.zeros((plan.batch, plan.length), jnp.int32)
+    behind = plan.padded - plan.length
+    ids = jnp.pad(ids, ((0, 0), (0, behind)), constant_values=NOBODY)
+    ranges = None
+    if segmented and plan.batch * plan.blocks <= _MOST_RANGES:
+        blocks = ids.reshape(plan.batch, plan.blocks, plan.block)
+        least = jnp.where(blocks == NOBODY, 2**31 - 1, blocks).min(-1)
+        ranges = jnp.stack([least, blocks.max(-1)], -1).reshape(-1)
+    return Masks(ids[:, None], ranges)
+
+
+class Settings(NamedTuple):
+    """All that is static in a kernel."""
+
+    plan: Plan
+    factor: float  # products of queries and keys times this are logits in units of log 2
+    dropout_rate: float
+
+
+class _Operand(NamedTuple):
+    """An array, or the type of a result; the shape of its block, and where that lies."""
+
+    array: Any
+    shape: tuple[int, ...] | None  # None: whole, in the scalar memory
+    place: Callable[..., tuple[Any, ...]] | None  # of row, slab, query block, key block
+
+    def spec(self, axes: list[str]) -> pl.BlockSpec:
+        place = self.place
+        if place is None:
+            return pl.BlockSpec(memory_space=pltpu.SMEM)
+
+        def at(*indices: Any) -> Any:
+            *places, queries, keys = indices
+            of = dict(zip(axes, places, strict=True))
+            return place(of["row"], of["slab"], queries[of["step"]], keys[of["step"]])
+
+        return pl.BlockSpec(self.shape, at)
+
+    def bytes(self, axes: dict[str, int], meeting: Pairs) -> int:
+        """Moved by the whole grid; a block comes when its place changes.
+
+        `axes`: their sizes, from the outermost.
+        """
+        if self.place is None or self.shape is None:
+            return 0
+        places = [self.place(0, 0, *pair) for pair in meeting]
+        reads = {
+            "row": self.place(1, 0, *meeting[0]) != places[0],
+            "slab": self.place(0, 1, *meeting[0]) != places[0],
+            "step": any(place != places[0] for place in places),
+        }
+        inner = max((n for n, name in enumerate(axes) if reads[name]), default=-1)
+        names = list(axes)[: inner + 1]
+        moves = math.prod(axes[name] for name in names)
+        if names and names[-1] == "step":
+            changes = 1 + sum(a != b for a, b in itertools.pairwise(places))
+            moves = moves // len(meeting) * changes
+        return moves * math.prod(self.shape) * int(self.array.dtype.itemsize)
+
+
+class Call:
+    """Collects what a kernel reads and writes; runs it on the pairs of blocks that meet."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        masks: Masks,
+        meeting: Pairs,
+        order: tuple[str, str, str] = ("row", "slab", "step"),
+    ) -> None:
+        plan = settings.plan
+        self.settings, self.meeting = settings, meeting
+        sizes = {"row": plan.batch, "slab": plan.slabs, "step": len(meeting)}
+        self.axes = {name: sizes[name] for name in order}
+        self.inputs: dict[str, _Operand] = {}
+        self.outputs: dict[str, _Operand] = {}
+        self.scratch: dict[str, Any] = {}
+        block = settings.plan.block
+        if masks.ids is not None:
+            shape = (1, 1, block)
+            self.read("query_ids", masks.ids, shape, lambda row, _, i, j: (row, 0, i))
+            self.read("key_ids", masks.ids, shape, lambda row, _, i, j: (row, 0, j))
+            self.scratch["key_ids_down"] = pltpu.VMEM((block, 1), jnp.int32)
+        if masks.ranges is not None:
+            self.inputs["ranges"] = _Operand(masks.ranges, None, None)
+
+    def read(self, name: str, array: Any, shape: tuple[int, ...], index: Any) -> None:
+        """`index(row, slab, query block, key block)`."""
+        self.inputs[name] = _Operand(array, shape, index)
+
+    def write(self, name: str, array: Any, shape: tuple[int, ...], index: Any) -> None:
+        self.outputs[name] = _Operand(array, shape, index)
+
+    def read_seeds(self, seeds: Array | None) -> None:
+        if seeds is not None:
+            words = lax.bitcast_convert_type(seeds, jnp.int32)
+            self.inputs["seeds"] = _Operand(words, None, None)
+
+    def wide(self, *, of_queries: bool) -> tuple[tuple[int, ...], Any]:
+        """Blocks of [batch, length, heads * head_dim]."""
+        plan = self.settings.plan
+        return (1, plan.block, plan.lanes), lambda row, slab, i, j: (
+            row,
+            i if of_queries else j,
+            slab,
+        )
+
+    def statistics(self) -> tuple[tuple[int, ...], Any]:
+        """Blocks of [batch, slabs, heads of a slab, padded], of queries."""
+        plan = self.settings.plan
+        shape = (1, 1, plan.slab_heads, plan.block)
+        return shape, lambda row, slab, i, j: (row, slab, 0, i)
+
+    def run(
+        self,
+        body: Callable[["Step"], None],
+        name: str,
+        *,
+        products: int,
+        weights: bool = True,
+        interpret: Any,
+    ) -> dict[str, jax.Array]:
+        """Outputs by name; for a pair of blocks, `products` of a square with a slab.
+
+        `weights`: there is an exponential for every entry of the square.
+        """
+        plan = self.settings.plan
+        arrays = [x.array for x in self.inputs.values()]
+        names = ("query_blocks", "key_blocks", *self.inputs, *self.outputs, *self.scratch)
+        scalars = [
+            jnp.asarray(np.asarray(blocks, np.int32)) for blocks in zip(*self.meeting, strict=True)
+        ]
+        operands = (*self.inputs.values(), *self.outputs.values())
+        axes = list(self.axes)
+        # Sums that go beyond a row or a slab are taken in order.
+        last = axes.index("step")
+        order = ["parallel"] * last + ["arbitrary"] * (3 - last)
+        squares = math.prod(self.axes.values()) * plan.block**2
+
+        def kernel(*refs: Any) -> None:
+            body(Step(self.settings, axes, dict(zip(names, refs, strict=True))))
+
+        found = pl.pallas_call(
+            kernel,
+            grid_spec=pltpu.PrefetchScalarGridSpec(
+                num_scalar_prefetch=len(scalars),
+                grid=tuple(self.axes.values()),
+                in_specs=[x.spec(axes) for x in self.inputs.values()],
+                out_specs=[x.spec(axes) for x in self.outputs.values()],
+                scratch_shapes=list(self.scratch.values()),
+            ),
+            out_shape=[compat.like(arrays, x.array) for x in self.outputs.values()],
+            compiler_params=compat.compiler_params(
+                dimension_semantics=tuple(order),
+                vmem_limit_bytes=_VMEM,
+            ),
+            # The places of the blocks are looked up, so that the compiler cannot count.
+            cost_estimate=pl.CostEstimate(
+                flops=squares * products * 2 * plan.lanes,
+                bytes_accessed=sum(x.bytes(self.axes, self.meeting) for x in operands),
+                transcendentals=squares * plan.slab_heads if weights else 0,
+            ),
+            name=name,
+            interpret=interpret,
+        )(*scalars, *arrays)
+        return dict(zip(self.outputs, found, strict=True))
+
+
+class Step:
+    """A pair of blocks at work."""
+
+    def __init__(self, settings: Settings, axes: list[str], refs: dict[str, Any]) -> None:
+        self.settings, self.plan, self.refs = settings, settings.plan, refs
+        self.row, self.slab, step = (pl.program_id(axes.index(a)) for a in ("row", "slab", "step"))
+        self.query_block, self.key_block = refs["query_blocks"][step], refs["key_blocks"][step]
+
+    @property
+    def masked(self) -> bool:
+        return "query_ids" in self.refs
+
+    def meets(self) -> Any:
+        """Whether the two blocks can share an id."""
+        if "ranges" not in self.refs:
+            return True
+
+        def ends(block: Any) -> tuple[Any, Any]:
+            at = 2 * (self.row * self.plan.blocks + block)
+            return self.refs["ranges"][at], self.refs["ranges"][at + 1]
+
+        (low, high), (low_key, high_key) = ends(self.query_block), ends(self.key_block)
+        return (low <= high_key) & (low_key <= high)
+
+    def read_key_ids(self) -> None:
+        """Once for a block of keys, before its tiles are masked."""
+        if self.masked:
+            self.refs["key_ids_down"][...] = self.down("key_ids")
+
+    def down(self, name: str) -> Array:
+        """int32[block, 1]."""
+        ids = self.refs[name][0]
+        return jnp.transpose(jnp.broadcast_to(ids, (8, self.plan.block)))[:, :1]
+
+    def clean(self, name: str, ids: Any) -> Array:
+        """[block, lanes], zero where there is nobody; `ids` down the sublanes."""
+        x = self.refs[name][0]
+        return jnp.where(ids != NOBODY, x, jnp.zeros((), x.dtype)) if self.masked else x
+
+    def clean_queries(self, name: str) -> Array:
+        return self.clean(name, self.down("query_ids") if self.masked else None)
+
+    def clean_keys(self, name: str) -> Array:
+        return self.clean(name, self.refs["key_ids_down"][...] if self.masked else None)
+
+    def mask(self, keys: slice, queries: slice, diagonal: bool) -> Array | None:
+        shape = (keys.stop - keys.start, queries.stop - queries.start)
+        if not self.masked:
+            return visible(shape, diagonal=diagonal)
+        return visible(
+            shape,
+            diagonal=diagonal,
+            key_ids=self.refs["key_ids_down"][keys],
+            query_ids=self.refs["query_ids"][0, :, queries],
+        )
+
+    def keep(self, keys: slice, queries: slice, head: int) -> Array | None:
+        """The factor of dropout: 0, or 1 / (1 - rate); None without dropout."""
+        rate, plan, seeds = self.settings.dropout_rate, self.plan, self.refs.get("seeds")
+        if not rate:
+            return None
+        assert seeds is not None
+        heads = self.row * plan.heads + self.slab * plan.slab_heads + head
+        start = heads * plan.length + self.query_block * plan.block + queries.start
+        query = start + lax.broadcasted_iota(jnp.int32, (1, queries.stop - queries.start), 1)
+        start = self.key_block * plan.block + keys.start
+        key = start + lax.broadcasted_iota(jnp.int32, (keys.stop - keys.start, 1), 0)
+        keep = keep_bits(seeds[0], seeds[1], query, key, rate)
+        return jnp.where(keep, _F32(1 / (1 - rate)), _F32(0))
+
+    def member(self, head: int, x: Array) -> Array:
+        """A slab's rows with the lanes of other heads zeroed."""
+        if self.plan.slab_heads == 1:
+            return x
+        lane = lax.broadcasted_iota(jnp.int32, (1, self.plan.lanes), 1)
+        own = self.plan.lanes_of(head)
+        return jnp.where((lane >= own.start) & (lane < own.stop), x, jnp.zeros((), x.dtype))
+
+    def alone(self, number: int, run: Callable[[], None]) -> None:
+        """Runs what the compiler must not begin earlier: it would, and spill what that gives.
+
+        It sees through a condition that it can prove, and joins what has the same one.
+        """
+        pl.when(self.row < self.plan.batch + number)(run)
+
+
+def tiles(first: int, stop: int) -> list[slice]:
+    return [slice(start, start + LANES) for start in range(first, stop, LANES)]
+
+
+def flat(x: Array) -> Array:
+    """[batch, length, heads * head_dim]."""
+    return x.reshape(*x.shape[:2], -1)
+
+
+def to_slabs(plan: Plan, x: Array) -> Array:
+    """float32[batch, slabs, heads of a slab, padded] of [batch, heads, length]."""
+    x = jnp.pad(x, ((0, 0), (0, 0), (0, plan.padded - plan.length)))
+    return x.reshape(plan.batch, plan.slabs, plan.slab_heads, plan.padded)
+
+
+def from_slabs(plan: Plan, x: Array) -> Array:
+    return x.reshape(plan.batch, plan.heads, plan.padded)[..., : plan.length]
