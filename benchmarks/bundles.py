@@ -187,7 +187,8 @@ def _origin(register: str, listing: str) -> str:
         if not register.startswith("%"):
             break
         name = re.escape(register)
-        move = re.search(rf"{name} = smov (%\w+|\d+)\b", listing)
+        # A move on a condition is one that was pulled up into the end of the loop before.
+        move = re.search(rf"{name} = smov (?:\(!?%\w+\), )?(%\w+|\d+)\b", listing)
         load = re.search(rf"{name} = sld (\[smem:\[#allocation\w+\]\])", listing)
         if load is not None:
             move = re.search(rf"sst {re.escape(load.group(1))} (%\w+)", listing)

@@ -92,6 +92,10 @@ def test_a_counter_that_was_kept_in_memory():
 def test_a_counter_that_was_moved():
     moved = loop().replace("sphi %s9, %s1 ", "sphi %s9, %s6 ").replace("{ %v2", "{ %s6 = smov %s1")
     assert read_bundles(moved, usage(12)).cycles == 3 + 9 * 17
+    early = loop().replace("%s9 = smov 3", "%s9 = smov (%p475_p7), 3")
+    assert read_bundles(early, usage(12)).cycles == 3 + 9 * 17
+    selected = loop().replace("%s9 = smov 3", "%s9 = smov (%p475_p7, %s8), 3")
+    assert read_bundles(selected, usage(12)).open_loops == 1
 
 
 @pytest.mark.parametrize(
