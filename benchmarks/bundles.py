@@ -43,12 +43,14 @@ class Region(NamedTuple):
 class Bundles(NamedTuple):
     """One program.
 
-    `cycles` counts conditional regions whenever control passes them, an upper limit, and loops
-    without a constant number of rounds once, a lower limit: `open_loops` says how many there are.
+    `cycles` counts conditional regions as often as it is known that they run, else whenever control
+    passes them, an upper limit; and loops without a constant number of rounds once, a lower limit:
+    `open_loops` says how many there are.
     """
 
     cycles: int
     conditional: int  # of `cycles`, in conditional regions
+    conditions_known: bool
     bundles: int
     open_loops: int
     spills: int  # stores and loads of registers that did not fit, in the code
@@ -63,8 +65,9 @@ def read_bundles(listing: str, utilization: str, shares: tuple[float, ...] = ())
     Args:
       listing: text of `*-final_bundles.txt`.
       utilization: text of `*-final_hlo-static-per-bundle-utilization.txt`.
-      shares: how often each conditional region of some size runs, from 0 to 1, in their order in
-        the listing (`regions` has it); by default always.
+      shares: how often each condition in the body of the program's loop holds, from 0 to 1, in
+        their order (`regions` has them, inside the guard). They are used if the listing has as many
+        conditional regions there: a short one may have been turned into predicates.
 
     Raises:
       NoScheduleError: the text is not of the expected form.
@@ -76,12 +79,9 @@ def read_bundles(listing: str, utilization: str, shares: tuple[float, ...] = ())
         raise NoScheduleError(
             f"no schedule found: {len(texts)} bundles in the listing, {len(slots)} rows of usage"
         )
-    conditional = [r for r in regions if r.kind == "conditional"]
-    if shares and len(shares) != len(conditional):
-        raise NoScheduleError(
-            f"no schedule found: {len(shares)} shares for {len(conditional)} conditional regions"
-        )
-    share_of = dict(zip(conditional, shares, strict=bool(shares)))
+    conditions = _conditions(texts, regions)
+    known = len(shares) == len(conditions)
+    share_of = dict(zip(conditions, shares, strict=True)) if known else {}
     times = [1.0] * len(texts)
     inside = [False] * len(texts)
     for region in regions:
@@ -101,6 +101,7 @@ def read_bundles(listing: str, utilization: str, shares: tuple[float, ...] = ())
     return Bundles(
         cycles=round(cycles),
         conditional=round(sum(t for t, i in zip(times, inside, strict=True) if i)),
+        conditions_known=known,
         bundles=len(texts),
         open_loops=sum(r.kind == "loop" and r.times is None for r in regions),
         spills=count("VSTORE:SPILL"),
@@ -148,15 +149,32 @@ def _regions(texts: list[str], listing: str) -> tuple[Region, ...]:
             elif to > after:
                 found.append(Region("conditional", after, to, None))
     found.sort(key=lambda r: (r.first, -r.stop))
-    # The outermost one of each loop.
-    guards = {
-        next((r for r in found if _fills(r, loop)), None) for loop in found if loop.kind == "loop"
-    }
+    # Of the outermost loops.
+    loops = [r for r in found if r.kind == "loop"]
+    outer = [a for a in loops if not any(b.first < a.first and a.stop < b.stop for b in loops)]
+    guards = {next((r for r in found if _fills(r, loop)), None) for loop in outer}
     return tuple(r._replace(kind="guard") if r in guards else r for r in found)
 
 
+def _conditions(texts: list[str], regions: tuple[Region, ...]) -> list[Region]:
+    """The conditions of the loop's body, without those by which its pipeline moves blocks."""
+    guard = next((r for r in regions if r.kind == "guard"), None)
+    if guard is None:
+        return []
+    found = [
+        r
+        for r in regions
+        if r.kind == "conditional"
+        and guard.first <= r.first
+        and r.stop <= guard.stop
+        and not any("dma." in text for text in texts[r.first : r.stop])
+    ]
+    # Results that lie in VMEM are moved by a copy at the very end.
+    return found[:-1] if found and found[-1].stop == guard.stop else found
+
+
 def _fills(region: Region, loop: Region) -> bool:
-    inside = loop.first <= region.first and region.stop <= loop.stop
+    inside = loop.first < region.first and region.stop <= loop.stop
     long = 2 * (region.stop - region.first) > loop.stop - loop.first
     return region.kind == "conditional" and inside and long
 

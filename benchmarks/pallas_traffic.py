@@ -1,9 +1,11 @@
-"""Bytes that the grid of a Pallas kernel moves between main memory and chip, from its index maps.
+"""What the grid of a Pallas kernel does: bytes it moves, and how often its conditions hold.
 
 A block is fetched when its index differs from the step before, and written when the next step's
 differs, which is what the pipeline around a TPU kernel does. Blocks are counted as they lie in
 memory: the last axis in lanes of 128, the one before in sublanes, so that a table of width 64 costs
 what one of width 128 does.
+
+A `pl.when` on program ids is counted over the grid.
 """
 
 from collections.abc import Iterator
@@ -14,16 +16,23 @@ import jax
 import jax.extend.core
 import numpy as np
 
+# Of what conditions on program ids are made.
+_SCALAR_OPERATIONS = {"eq", "ne", "lt", "le", "gt", "ge", "and", "or", "not", "add", "sub", "mul"}
+_SCALAR_OPERATIONS |= {"rem", "div", "min", "max", "convert_element_type"}
+
 
 class KernelTraffic(NamedTuple):
     """What one call of a kernel moves of each of its inputs and outputs, in their order.
 
     `bytes` is None where index maps depend on data, or where the kernel starts DMAs of its own.
+    `conditions` are the shares of steps in which each `pl.when` holds, in the order of the kernel;
+    None where one depends on data.
     """
 
     name: str
     steps: int
     bytes: tuple[int, ...] | None
+    conditions: tuple[float, ...] | None
 
 
 def kernel_traffic(f: Any, *specs: Any) -> list[KernelTraffic]:
@@ -50,16 +59,17 @@ def _of_call(eqn: Any) -> KernelTraffic:
     name = str(eqn.params.get("name") or "kernel")
     grid = mapping.grid
     if mapping.num_index_operands or not all(isinstance(n, int) for n in grid):
-        return KernelTraffic(name, 0, None)
+        return KernelTraffic(name, 0, None, None)
     steps = prod(grid)
     # Program ids of every step, the last axis fastest.
     ids = [i.reshape(-1) for i in np.indices(grid, np.int32)]
+    conditions = _conditions(eqn.params["jaxpr"], ids, grid)
     moved = []
     for block in mapping.block_mappings:
         if str(getattr(block.transformed_block_aval, "memory_space", None)) in ("any", "hbm"):
-            return KernelTraffic(name, steps, None)
+            return KernelTraffic(name, steps, None, conditions)
         moved.append(_blocks_moved(block.index_map_jaxpr, ids, steps) * _block_bytes(block))
-    return KernelTraffic(name, steps, tuple(moved))
+    return KernelTraffic(name, steps, tuple(moved), conditions)
 
 
 def _blocks_moved(index_map: Any, ids: list[np.ndarray], steps: int) -> int:
@@ -105,3 +115,28 @@ def _extent(dim: Any) -> int | None:
     if isinstance(dim, int):
         return dim
     return getattr(dim, "block_size", None)
+
+
+def _conditions(kernel: Any, ids: list[np.ndarray], grid: tuple[int, ...]) -> Any:
+    """The share of steps in which each condition of the kernel's body holds."""
+    known: dict[Any, Any] = {}
+    shares = []
+
+    def value(x: Any) -> Any:
+        return x.val if hasattr(x, "val") else known.get(x)
+
+    for eqn in kernel.eqns:
+        name = eqn.primitive.name
+        if name == "program_id":
+            known[eqn.outvars[0]] = ids[eqn.params["axis"]]
+        elif name == "num_programs":
+            known[eqn.outvars[0]] = np.int32(grid[eqn.params["axis"]])
+        elif name == "cond":
+            index = value(eqn.invars[0])
+            if index is None:
+                return None
+            shares.append(float(np.mean(np.asarray(index) != 0)))
+        elif name in _SCALAR_OPERATIONS and all(value(x) is not None for x in eqn.invars):
+            found = eqn.primitive.bind(*np.broadcast_arrays(*map(value, eqn.invars)), **eqn.params)
+            known[eqn.outvars[0]] = np.asarray(found)
+    return tuple(shares)

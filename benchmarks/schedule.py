@@ -123,7 +123,6 @@ def compile_and_measure(
     specs: Sequence[Any],
     chip: str = "v5e",
     *,
-    shares: Mapping[str, tuple[float, ...]] | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> Schedule:
     """Compiles a function for a TPU, here, and reads the schedule.
@@ -133,7 +132,6 @@ def compile_and_measure(
       specs: its arguments as `jax.ShapeDtypeStruct`, or anything with a shape and a dtype; those
         that name a sharding keep it, the others lie on one chip.
       chip: a name of `CHIPS`.
-      shares: kernel name -> how often each of its conditional regions runs, see `read_bundles`.
       options: compiler options.
 
     Raises:
@@ -161,7 +159,6 @@ def compile_and_measure(
         found,
         traffic=kernel_traffic(f, *placed),
         temporaries=compiled.memory_analysis().temp_size_in_bytes,
-        shares=shares or {},
     )
 
 
@@ -172,7 +169,6 @@ def read_schedule(
     *,
     traffic: Sequence[KernelTraffic] = (),
     temporaries: int = 0,
-    shares: Mapping[str, tuple[float, ...]] | None = None,
 ) -> Schedule:
     """The schedule in what the compiler wrote.
 
@@ -182,7 +178,6 @@ def read_schedule(
       chip: what was compiled for.
       traffic: what the Pallas kernels of the program move.
       temporaries: bytes, from `memory_analysis`.
-      shares: as `compile_and_measure`.
 
     Raises:
       NoScheduleError: something is missing or not of the expected form.
@@ -204,10 +199,11 @@ def read_schedule(
             if kernel is not None or instruction.opcode == "fusion":
                 raise NoScheduleError(f"no schedule found for %{instruction.name}")
             continue  # done by the program around it
-        bundles = read_bundles(*texts, (shares or {}).get(kernel or "", ()))
-        moved = parsed.moved(instruction)
+        moved, shares = parsed.moved(instruction), ()
         if kernel is not None:
-            moved = _kernel_bytes(parsed, step, kernel, waiting)
+            mine = _traffic_of(kernel, waiting)
+            moved, shares = _kernel_bytes(parsed, step, mine), mine.conditions or ()
+        bundles = read_bundles(*texts, shares)
         parts.append(
             Part(
                 instruction.name,
@@ -258,23 +254,28 @@ def _equivalents(text: str) -> dict[str, str]:
     return found
 
 
-def _kernel_bytes(program: Program, step: Step, kernel: str, waiting: list[KernelTraffic]) -> int:
+def _traffic_of(kernel: str, waiting: list[KernelTraffic]) -> KernelTraffic:
+    """The first of this name that is still waiting."""
+    found = next((t for t in waiting if t.name == kernel), None)
+    if found is None:
+        raise NoScheduleError(f"no schedule found: what kernel {kernel!r} moves is not known")
+    waiting.remove(found)
+    return found
+
+
+def _kernel_bytes(program: Program, step: Step, mine: KernelTraffic) -> int:
     """What one run of a kernel moves; its arrays that lie in VMEM cost nothing."""
     instruction = step.instruction
-    mine = next((t for t in waiting if t.name == kernel), None)
-    if mine is None:
-        raise NoScheduleError(f"no schedule found: what kernel {kernel!r} moves is not known")
-    waiting.remove(mine)
-    said = _said_bytes(instruction)
     arrays = [*_operand_arrays(program, instruction), *instruction.arrays]
-    if mine.bytes is None or len(mine.bytes) != len(arrays):
-        if said is None:
-            raise NoScheduleError(
-                f"no schedule found: the index maps of kernel {kernel!r} do not tell what it "
-                "moves; give pl.pallas_call a cost_estimate"
-            )
-        return said
-    return sum(b for b, array in zip(mine.bytes, arrays, strict=True) if array.hbm)
+    if mine.bytes is not None and len(mine.bytes) == len(arrays):
+        return sum(b for b, array in zip(mine.bytes, arrays, strict=True) if array.hbm)
+    said = _said_bytes(instruction)
+    if said is None:
+        raise NoScheduleError(
+            f"no schedule found: the index maps of kernel {mine.name!r} do not tell what it "
+            "moves; give pl.pallas_call a cost_estimate"
+        )
+    return said
 
 
 def _operand_arrays(program: Program, instruction: Instruction) -> Iterator[Any]:

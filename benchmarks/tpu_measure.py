@@ -46,6 +46,7 @@ def figures(found: Schedule) -> dict[str, Any]:
                 "cycles": round(p.cycles(found.chip)),
                 "bundles": p.times * p.bundles.cycles,
                 "conditional": p.times * p.bundles.conditional,
+                "conditions_known": p.bundles.conditions_known,
                 "bytes": p.times * p.bytes,
                 "vmem_bytes": p.vmem_bytes,
                 "spills": p.bundles.spills + p.bundles.fills,

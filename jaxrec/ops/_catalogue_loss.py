@@ -191,10 +191,11 @@ def statistics(problem: Problem, blocks: Blocks) -> Statistics:
     empty = jnp.zeros_like(hidden[:, 0], dtype=_F32)
     start = Statistics(empty, empty, empty)
     found = _catalogue.over_rows(hidden.shape[0], blocks.positions, positions, start)
-    return found if problem.shard is None else _combine_shards(found, problem.shard.axis)
+    return found if problem.shard is None else combine_shards(found, problem.shard.axis)
 
 
-def _combine_shards(a: Statistics, axis: str) -> Statistics:
+def combine_shards(a: Statistics, axis: str) -> Statistics:
+    """Statistics over all shards, from each one's own."""
     largest = lax.pmax(a.largest, axis)
     total = a.total * jnp.exp(a.largest - _finite_or_zero(largest))
     return Statistics(largest, lax.psum(total, axis), lax.psum(a.target, axis))
@@ -210,13 +211,13 @@ def losses(problem: Problem, lse: jax.Array, target: jax.Array, smoothing: float
     if smoothing:
         mean = (problem.hidden.astype(_F32) * _mean_row(problem)[None, :]).sum(1)
         if problem.bias is not None:
-            mean = mean + problem.over_shards(_real_sum(problem, problem.bias)) / problem.items
+            mean = mean + problem.over_shards(real_sum(problem, problem.bias)) / problem.items
         value = value - _F32(smoothing) * mean
     value = jnp.where(problem.bad, _F32(jnp.nan), value)
     return jnp.where(problem.valid, value, _F32(0))
 
 
-def _real_sum(problem: Problem, rows: jax.Array) -> jax.Array:
+def real_sum(problem: Problem, rows: jax.Array) -> jax.Array:
     """Sum over the items of this shard of something that there is one of for each."""
     if problem.real is not None:
         real = problem.real.reshape((-1,) + (1,) * (rows.ndim - 1))
@@ -225,7 +226,7 @@ def _real_sum(problem: Problem, rows: jax.Array) -> jax.Array:
 
 
 def _mean_row(problem: Problem) -> jax.Array:
-    return problem.over_shards(_real_sum(problem, problem.table)) / problem.items
+    return problem.over_shards(real_sum(problem, problem.table)) / problem.items
 
 
 def gradients(
@@ -341,7 +342,7 @@ def value_and_gradients(
     if smoothing:
         if problem.real is not None:
             spread = jnp.where(problem.real[:, None], spread, _F32(0))
-        mean = _real_sum(problem, table) / problem.items
+        mean = real_sum(problem, table) / problem.items
         d_hidden = d_hidden - _F32(smoothing) * g[:, None] * mean[None, :]
         d_table = d_table - spread * gh.sum(0)[None, :]
         d_bias = None if d_bias is None else d_bias - spread.reshape(-1) * g.sum()

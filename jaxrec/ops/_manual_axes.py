@@ -1,4 +1,4 @@
-"""Manual mesh axes inside `jax.shard_map`, for ops with a hand-written gradient."""
+"""Manual mesh axes inside `jax.shard_map`, for ops with a hand-written gradient or kernel."""
 
 from typing import Any
 
@@ -26,3 +26,19 @@ def vary_together(*arrays: jax.Array | None) -> tuple[Any, ...]:
 
 def _vary(array: jax.Array, axes: tuple[Any, ...]) -> jax.Array:
     return lax.pcast(array, axes, to="varying")
+
+
+def not_manual() -> str | None:
+    """Why a kernel cannot run under the mesh that is set here, or None if it can.
+
+    The compiler does not partition a kernel; inside `jax.shard_map` over all axes it need not.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    free = [
+        name
+        for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
+        if kind != jax.sharding.AxisType.Manual and mesh.shape[name] > 1
+    ]
+    if not free:
+        return None
+    return f"the kernel runs inside jax.shard_map over all mesh axes; {', '.join(free)} is not"

@@ -8,12 +8,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxrec.ops import _catalogue, _catalogue_loss, _dispatch
+from jaxrec.ops import _catalogue, _catalogue_kernel, _catalogue_loss, _dispatch
 from jaxrec.ops._catalogue import Shard
 from jaxrec.ops._catalogue_loss import Blocks, Gradients
 
 T = TypeVar("T")
-_NO_KERNEL = "there is no Pallas kernel for this op yet"
 
 
 class Tiling(NamedTuple):
@@ -41,6 +40,21 @@ class _Options(NamedTuple):
     shard: Shard | None
     cpu: Tiling
     accelerator: Tiling
+    kernel: bool  # whether the Pallas kernels are compiled for a TPU
+
+
+class _Residuals(NamedTuple):
+    """What the forward pass leaves for the backward pass of `_losses`."""
+
+    arguments: tuple[Any, ...]
+    lse: jax.Array  # float32[P]
+    # float32[P, D], sum_v softmax_pv item_table_v, which only the kernel makes and reads; None
+    # without it.
+    expected: jax.Array | None
+
+
+# The mean, its gradients, and its gradient by the weights.
+_MeanResults = tuple[jax.Array, Gradients, jax.Array]
 
 
 class _Arguments(NamedTuple):
@@ -61,16 +75,23 @@ def _one_pass_positions(items: int, tiling: Tiling) -> int:
     return min(tiling.one_pass_logits // items, tiling.positions)
 
 
-def _per_platform(options: _Options, compute: Callable[..., T], operands: tuple[Any, ...]) -> T:
-    """`compute(tiling, *operands)` with the tiling of the platform that is compiled for."""
-    return _dispatch.platform_switch(
-        partial(compute, options.accelerator), {"cpu": partial(compute, options.cpu)}, *operands
-    )
+def _per_platform(
+    options: _Options,
+    compute: Callable[..., T],
+    by_kernel: Callable[..., T],
+    operands: tuple[Any, ...],
+) -> T:
+    """`compute(tiling, *operands)` for the platform that is compiled for, or `by_kernel`."""
+    xla = partial(compute, options.accelerator)
+    others: dict[str, Callable[..., T]] = {"cpu": partial(compute, options.cpu)}
+    if options.kernel:
+        others["tpu"] = _dispatch.differentiated_as(by_kernel, xla)
+    return _dispatch.platform_switch(xla, others, *operands)
 
 
-def _unsupported(*arguments: Any, **options: Any) -> str | None:
+def _unsupported(hidden: Any) -> str | None:
     """Why the Pallas kernel cannot take this call."""
-    return _NO_KERNEL
+    return _catalogue_kernel.unsupported(hidden)
 
 
 def _checked(
@@ -82,7 +103,7 @@ def _checked(
     valid: Any,
     label_smoothing: float,
     implementation: str | None,
-) -> _Arguments:
+) -> tuple[_Arguments, _dispatch.Choice]:
     """What both functions take, as arrays whose shapes and dtypes agree."""
     hidden, item_table, labels = map(jnp.asarray, (hidden, item_table, labels))
     _catalogue.check_matrices(op, hidden, item_table)
@@ -100,8 +121,8 @@ def _checked(
         raise ValueError(
             f"{op}: label_smoothing must be a Python number from 0 to 1, got {label_smoothing!r}"
         )
-    _dispatch.choose(op, implementation, _unsupported(hidden, item_table, labels, bias=bias))
-    return _Arguments(hidden, item_table, bias, labels, valid)
+    choice = _dispatch.choose(op, implementation, _unsupported(hidden))
+    return _Arguments(hidden, item_table, bias, labels, valid), choice
 
 
 def linear_cross_entropy(
@@ -166,7 +187,7 @@ def linear_cross_entropy(
       >>> [round(float(x), 4) for x in losses]
       [0.4076, 0.2395]
     """
-    arguments = _checked(
+    arguments, choice = _checked(
         "linear_cross_entropy",
         hidden,
         item_table,
@@ -179,11 +200,12 @@ def linear_cross_entropy(
     shard = _catalogue.make_shard(
         "linear_cross_entropy", arguments.item_table, item_axis, num_items
     )
-    return _per_position(arguments, _options(label_smoothing, shard))
+    return _per_position(arguments, _options(label_smoothing, shard, choice))
 
 
-def _options(smoothing: float, shard: Shard | None) -> _Options:
-    return _Options(float(smoothing), shard, CPU_TILING, ACCELERATOR_TILING)
+def _options(smoothing: float, shard: Shard | None, choice: _dispatch.Choice) -> _Options:
+    kernel = choice.implementation == "pallas"
+    return _Options(float(smoothing), shard, CPU_TILING, ACCELERATOR_TILING, kernel)
 
 
 def _per_position(arguments: _Arguments, options: _Options) -> jax.Array:
@@ -196,32 +218,55 @@ def _per_position(arguments: _Arguments, options: _Options) -> jax.Array:
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _losses(options: _Options, *arguments: Any) -> jax.Array:
-    return _losses_forward(options, *arguments)[0]
+    return _forward(options, False, arguments)[0]
 
 
-def _losses_forward(options: _Options, *arguments: Any) -> tuple[jax.Array, Any]:
-    def compute(tiling: Tiling, *arguments: Any) -> tuple[jax.Array, jax.Array]:
+def _forward(
+    options: _Options, expected: bool, arguments: tuple[Any, ...]
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """Losses, log-sum-exp and, where wanted, `expected` of the residuals."""
+
+    def compute(tiling: Tiling, *arguments: Any) -> tuple[jax.Array, jax.Array, jax.Array | None]:
         problem = _catalogue_loss.clean(*arguments, shard=options.shard)
         blocks = _two_pass_blocks(problem.hidden.shape[0], problem.table.shape[0], tiling)
         stats = _catalogue_loss.statistics(problem, blocks)
         lse = _catalogue_loss.log_sum_exp(stats)
-        return _catalogue_loss.losses(problem, lse, stats.target, options.smoothing), lse
+        value = _catalogue_loss.losses(problem, lse, stats.target, options.smoothing)
+        # Never read; there for the residuals to have one form on all platforms.
+        unused = jnp.zeros_like(problem.hidden, jnp.float32)
+        return value, lse, unused if expected and options.kernel else None
 
-    losses, lse = _per_platform(options, compute, arguments)
-    return losses, (arguments, lse)
-
-
-def _losses_backward(options: _Options, residuals: Any, g: jax.Array) -> tuple[Any, ...]:
-    def compute(tiling: Tiling, lse: jax.Array, g: jax.Array, *arguments: Any) -> Gradients:
+    def by_kernel(*arguments: Any) -> tuple[jax.Array, jax.Array, jax.Array | None]:
         problem = _catalogue_loss.clean(*arguments, shard=options.shard)
+        return _catalogue_kernel.losses(problem, options.smoothing, expected)
+
+    return _per_platform(options, compute, by_kernel, arguments)
+
+
+def _losses_forward(options: _Options, *arguments: Any) -> tuple[jax.Array, _Residuals]:
+    losses, lse, expected = _forward(options, True, arguments)
+    return losses, _Residuals(arguments, lse, expected)
+
+
+def _losses_backward(options: _Options, residuals: _Residuals, g: jax.Array) -> tuple[Any, ...]:
+    def prepared(g: jax.Array, arguments: tuple[Any, ...]) -> tuple[Any, jax.Array]:
+        problem = _catalogue_loss.clean(*arguments, shard=options.shard)
+        return problem, jnp.where(problem.valid, g, jnp.float32(0))
+
+    def compute(tiling: Tiling, lse: jax.Array, expected: Any, g: Any, *rest: Any) -> Gradients:
+        problem, g = prepared(g, rest)
         blocks = _two_pass_blocks(problem.hidden.shape[0], problem.table.shape[0], tiling)
-        g = jnp.where(problem.valid, g, jnp.float32(0))
         return _catalogue_loss.gradients(problem, lse, g, options.smoothing, blocks)
 
-    arguments, lse = residuals
-    grads = _per_platform(
-        options, compute, (lse, _catalogue.from_all(options.shard, g), *arguments)
-    )
+    def by_kernel(lse: jax.Array, expected: jax.Array, g: jax.Array, *rest: Any) -> Gradients:
+        problem, g = prepared(g, rest)
+        return _catalogue_kernel.gradients(
+            problem, lse, expected, g, options.smoothing, problem.table.dtype
+        )
+
+    arguments, lse, expected = residuals
+    operands = (lse, expected, _catalogue.from_all(options.shard, g), *arguments)
+    grads = _per_platform(options, compute, by_kernel, operands)
     return _cotangents(_Arguments(*arguments), grads)
 
 
@@ -298,7 +343,7 @@ def mean_linear_cross_entropy(
       0.0
     """
     op = "mean_linear_cross_entropy"
-    arguments = _checked(
+    arguments, choice = _checked(
         op, hidden, item_table, labels, bias, valid, label_smoothing, implementation
     )
     positions, items = arguments.hidden.shape[0], arguments.item_table.shape[0]
@@ -307,9 +352,8 @@ def mean_linear_cross_entropy(
     _catalogue.check_shape(op, "weights", weights, (positions,))
     if positions == 0:
         return jnp.zeros((), jnp.float32)
-    options = _options(
-        label_smoothing, _catalogue.make_shard(op, arguments.item_table, item_axis, num_items)
-    )
+    shard = _catalogue.make_shard(op, arguments.item_table, item_axis, num_items)
+    options = _options(label_smoothing, shard, choice)
     affordable = min(_one_pass_positions(items, t) for t in (CPU_TILING, ACCELERATOR_TILING))
     if affordable < min(ONE_PASS_POSITIONS, positions):
         shares, _ = _shares(weights, arguments.valid)
@@ -331,11 +375,17 @@ def _shares(weights: jax.Array, valid: jax.Array) -> tuple[jax.Array, jax.Array]
 def _mean(options: _Options, *operands: Any) -> jax.Array:
     *arguments, weights = operands
     shares, _ = _shares(weights, arguments[-1])
-    return (shares * _losses_forward(options, *arguments)[0]).sum()
+    return (shares * _forward(options, False, tuple(arguments))[0]).sum()
 
 
 def _mean_forward(options: _Options, *operands: Any) -> tuple[jax.Array, Any]:
-    def compute(tiling: Tiling, *operands: Any) -> tuple[jax.Array, Gradients, jax.Array]:
+    def finished(
+        shares: jax.Array, divisor: jax.Array, losses: jax.Array, grads: Gradients
+    ) -> _MeanResults:
+        mean = (shares * losses).sum()
+        return mean, grads, (losses - mean) / divisor
+
+    def compute(tiling: Tiling, *operands: Any) -> _MeanResults:
         *arguments, weights = operands
         problem = _catalogue_loss.clean(*arguments, shard=options.shard)
         largest = _one_pass_positions(problem.table.shape[0], tiling)
@@ -345,10 +395,19 @@ def _mean_forward(options: _Options, *operands: Any) -> tuple[jax.Array, Any]:
             problem, shares, options.smoothing, block
         )
         losses = _catalogue_loss.losses(problem, lse, target, options.smoothing)
-        mean = (shares * losses).sum()
-        return mean, grads, (losses - mean) / divisor
+        return finished(shares, divisor, losses, grads)
 
-    mean, grads, d_weights = _per_platform(options, compute, operands)
+    def by_kernel(*operands: Any) -> _MeanResults:
+        *arguments, weights = operands
+        problem = _catalogue_loss.clean(*arguments, shard=options.shard)
+        shares, divisor = _shares(weights, problem.valid)
+        losses, lse, expected = _catalogue_kernel.losses(problem, options.smoothing, True)
+        grads = _catalogue_kernel.gradients(
+            problem, lse, expected, shares, options.smoothing, jnp.float32
+        )
+        return finished(shares, divisor, losses, grads)
+
+    mean, grads, d_weights = _per_platform(options, compute, by_kernel, operands)
     return mean, (operands, grads, d_weights)
 
 

@@ -132,9 +132,15 @@ def test_the_guard_of_a_pipeline_is_no_condition():
     assert [r.kind for r in found.regions] == ["loop", "guard", "conditional"]
     assert found.cycles == 2 + 30 * 10
     assert found.conditional == 5 * 10
-    assert read_bundles(guarded(), usage(32), shares=(0.1,)).cycles == 2 + 25 * 10 + 5
-    with pytest.raises(NoScheduleError, match="2 shares for 1 conditional regions"):
-        read_bundles(guarded(), usage(32), shares=(0.1, 1.0))
+    assert not found.conditions_known
+    known = read_bundles(guarded(), usage(32), shares=(0.1,))
+    assert known.cycles == 2 + 25 * 10 + 5
+    assert known.conditions_known
+    # What moves blocks is no condition of the kernel's own.
+    moving = guarded().replace("vadd.f32 %v, %v1", "dma.vmem_to_hbm %v, %v1")
+    assert not read_bundles(moving, usage(32), shares=(0.1,)).conditions_known
+    # Conditions that cannot be told apart count as always true.
+    assert read_bundles(guarded(), usage(32), shares=(0.1, 1.0)).cycles == 2 + 30 * 10
 
 
 def test_a_branch_to_the_exit():
@@ -229,7 +235,7 @@ def files(**changed):
     return {k: v for k, v in (found | changed).items() if v is not None}
 
 
-TRAFFIC = [KernelTraffic("add_rows", 4, (1000, 2000, 300))]
+TRAFFIC = [KernelTraffic("add_rows", 4, (1000, 2000, 300), None)]
 
 
 def test_a_program_is_the_sum_of_its_parts():
@@ -272,7 +278,7 @@ def test_all_bytes_take_their_time_even_in_the_background():
         (PROGRAM, {"18-kernel.1-72-final_bundles.txt": None}, TRAFFIC, "found for %kernel.1"),
         (PROGRAM, {"17-fusion.1-02-final_bundles.txt": None}, TRAFFIC, "found for %fusion.1"),
         (PROGRAM, {}, [], "what kernel 'add_rows' moves is not known"),
-        (PROGRAM, {}, [KernelTraffic("add_rows", 0, None)], "give pl.pallas_call a cost_estimate"),
+        (PROGRAM, {}, [KernelTraffic("add_rows", 0, None, None)], "give pl.pallas_call a cost"),
         (PROGRAM.replace("constant(13)", "parameter(1)"), {}, TRAFFIC, "loop %while.1"),
         (PROGRAM.replace("direction=LT", "direction=NE"), {}, TRAFFIC, "loop %while.1"),
         (PROGRAM.replace("constant(1)", "constant(2)"), {}, TRAFFIC, "loop %while.1"),
@@ -293,7 +299,7 @@ def test_a_kernel_with_dmas_of_its_own_says_what_it_moves():
         'op_name="jit(f)/add_rows/pallas_call"}, backend_config={"custom_call_config":'
         '{"cost_estimate":{"flops":"1","bytes_accessed":"77"}}}',
     )
-    found = read_schedule(told, files(), V5E, traffic=[KernelTraffic("add_rows", 0, None)])
+    found = read_schedule(told, files(), V5E, traffic=[KernelTraffic("add_rows", 0, None, None)])
     assert found.of("add_rows").bytes == 77
 
 
@@ -313,7 +319,19 @@ def test_the_rounds_of_nested_loops_multiply():
 
 def test_bytes_of_a_kernel_follow_its_index_maps():
     def copy(table, row, out):
-        out[...] = table[...] + row[...]
+        i, j = pl.program_id(0), pl.program_id(1)
+
+        @pl.when(j == pl.num_programs(1) - 1)
+        def _():
+            out[...] = table[...] + row[...]
+
+        @pl.when((i > 0) & (j < 2))
+        def _():
+            out[...] = table[...]
+
+        @pl.when(i + j < 2 * 3 * 5)
+        def _():
+            out[...] = table[...]
 
     call = pl.pallas_call(
         copy,
@@ -328,13 +346,24 @@ def test_bytes_of_a_kernel_follow_its_index_maps():
     )
     table = jax.ShapeDtypeStruct((40, 128), jnp.float32)
     row = jax.ShapeDtypeStruct((1, 128), jnp.float32)
-    # The table is fetched for each i, the row once, the result written once for each i.
-    wanted = KernelTraffic("copy", 15, (15 * 8 * 512, 512, 3 * 8 * 512))
+    # The table is fetched in every step, the row once, the result written once for each i.
+    wanted = KernelTraffic("copy", 15, (15 * 8 * 512, 512, 3 * 8 * 512), (0.2, 4 / 15, 1.0))
     assert kernel_traffic(call, table, row) == [wanted]
     chosen = partial(
         jax.lax.platform_dependent, default=lambda t, r: (t + r)[:24], tpu=lambda t, r: call(t, r)
     )
     assert kernel_traffic(jax.jit(chosen), table, row) == [wanted]
+
+
+def test_conditions_on_data_are_not_known():
+    def f(x, out):
+        @pl.when(x[0, 0] > 0)
+        def _():
+            out[...] = x[...]
+
+    x = jax.ShapeDtypeStruct((8, 128), jnp.float32)
+    (found,) = kernel_traffic(pl.pallas_call(f, out_shape=x, name="f"), x)
+    assert found == KernelTraffic("f", 1, (4096, 4096), None)
 
 
 def test_padding_of_blocks():

@@ -585,7 +585,14 @@ def test_balanced_blocks_cover_the_rows_and_repeat_few(count, largest):
         ({"label_smoothing": -0.1}, "from 0 to 1, got -0.1"),
         ({"label_smoothing": 1.5}, "from 0 to 1, got 1.5"),
         ({"label_smoothing": jnp.float32(0.1)}, "must be a Python number"),
-        ({"implementation": "pallas"}, "there is no Pallas kernel"),
+        (
+            {
+                "implementation": "pallas",
+                "hidden": jnp.ones((6, 300)),
+                "item_table": jnp.ones((9, 300)),
+            },
+            "'pallas' cannot run: the kernel takes a width of at most 256, got 300",
+        ),
         ({"implementation": "cuda"}, "'xla', 'pallas' or None|got 'cuda'"),
     ],
 )
