@@ -28,14 +28,16 @@ def blocks_for(positions: int, items: int, width: int, itemsize: int) -> Blocks:
     >>> blocks_for(25_600, 100_000, 64, 2)
     Blocks(positions=512, items=2048, chunk=512)
     >>> blocks_for(25_600, 3_416, 64, 2)
-    Blocks(positions=512, items=1792, chunk=256)
+    Blocks(positions=512, items=1024, chunk=512)
     >>> blocks_for(10, 20, 64, 2)
-    Blocks(positions=128, items=128, chunk=128)
+    Blocks(positions=128, items=256, chunk=128)
     """
-    largest = 2048 if width * itemsize <= 2 * LANES else 1024
-    of_items = _even(items, largest, 256 if items > 256 else LANES)
+    # A step more than there are blocks of items is taken: few items are cut finer.
+    largest = 2048 if width * itemsize <= 2 * LANES and items > 8192 else 1024
+    of_items = _even(items, largest, 2 * LANES)
     chunk = LANES if width > LANES else 1024 // itemsize
-    while of_items % chunk:
+    # Two at least: a loop of one round is none, and what is in it spills.
+    while of_items % chunk or of_items == chunk:
         chunk //= 2
     return Blocks(_even(positions, 512, LANES), of_items, chunk)
 
