@@ -94,9 +94,12 @@ def table_gradient(
     layout = layout_for(width)
     call = _Call(blocks, layout, bias is not None, hit, precision_for(hidden.dtype))
     rows = pl.cdiv(positions, blocks.positions) * blocks.positions
-    # A gain of 0 leaves the positions added here out.
+    # A gain of 0 leaves the positions added here out, as long as their shares are finite.
     hidden = jnp.pad(hidden, ((0, rows - positions), (0, 0)))
-    lines = [jnp.pad(x, (0, rows - positions))[None, :] for x in (labels, log_sum_exp, gain)]
+    lines = [
+        jnp.pad(x, (0, rows - positions), constant_values=fill)[None, :]
+        for x, fill in ((labels, -1), (log_sum_exp, jnp.inf), (gain, 0))
+    ]
     operands = [layout.given(hidden), layout.given(table), *lines]
     if bias is not None:
         operands.append(bias[None, :])

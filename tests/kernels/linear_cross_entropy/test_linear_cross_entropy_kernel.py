@@ -115,7 +115,8 @@ def test_no_races_and_nothing_uninitialised(rng):
     hidden, table, labels = draw(rng, 130, 200, 8)
     labels = labels.at[5].set(200).at[6].set(-1)
     g = jnp.asarray(rng.normal(size=130), jnp.float32)
-    bias = jnp.asarray(rng.normal(size=200), jnp.float32)
+    # So large that its exponential alone is infinite: it is a row's of zeros that fills a block.
+    bias = jnp.asarray(rng.normal(size=200) + 92, jnp.float32)
     checked = pltpu.InterpretParams(
         detect_races=True, uninitialized_memory="nan", out_of_bounds_reads="uninitialized"
     )
@@ -136,12 +137,12 @@ def test_no_races_and_nothing_uninitialised(rng):
         pltpu.reset_tpu_interpret_mode_state()
     assert races == [False, False]
     close(found.largest, logits.max(1), 1e-6)
-    close(found.total, shares.sum(1), 1e-5)
+    close(found.total, shares.sum(1), 3e-5)
     close(found.target, (hit * logits).sum(1), 1e-6)
-    close(found.weighted, shares @ double(table), 1e-5)
+    close(found.weighted, shares @ double(table), 3e-5)
     delta = (np.exp(logits - lse[:, None]) - 0.9 * hit) * double(g)[:, None]
-    close(gradient.table, delta.T @ double(hidden), 1e-5)
-    close(gradient.bias, delta.sum(0), 1e-5)
+    close(gradient.table, delta.T @ double(hidden), 3e-5)
+    close(gradient.bias, delta.sum(0), 3e-5)
 
 
 def test_what_is_extreme(rng, monkeypatch):
