@@ -10,6 +10,7 @@ Not in it: waiting for DMAs, which overlap with the bundles where a program is w
 """
 
 import re
+from collections.abc import Sequence
 from typing import NamedTuple
 
 # A branch takes effect after this many more bundles.
@@ -19,6 +20,9 @@ _BUNDLE = re.compile(r"^\s*(0x[0-9a-f]+|0)\s+(?:[A-Z]{2})?\s*:\s*>*\s*\{", re.MU
 _REGION = re.compile(r"Start(?:/End empty)? region (\d+)")
 _BRANCH = re.compile(r"sbr\.rel (?:\((!?)(%\w+)\) )?target = \$region(\d+)")
 _COMPARE = r"{} = scmp\.(ge|lt)\.s32\.totalorder (%\w+), (\d+)\b"
+_VECTOR = re.compile(r"%v\w+ = (\w+)")
+# A register of 8 by 128 words; the bytes that one store moves.
+_STORE_BYTES = 4096
 _COLUMNS = re.compile(r"^== CAPAC[A-Z]*:\n(.*)\n(.*)\n== UTILIZATION:\n", re.MULTILINE)
 
 
@@ -31,7 +35,8 @@ class Region(NamedTuple):
 
     `kind` is "loop", "conditional", or "guard": the condition around nearly all of a loop by which
     its first and last rounds only move data. A loop whose number of rounds is no constant has
-    `times` None and is counted once.
+    `times` None and is counted once; it is a "copy" where it only moves, for the pipeline, a block
+    of what lies in VMEM.
     """
 
     kind: str
@@ -44,8 +49,9 @@ class Bundles(NamedTuple):
     """One program.
 
     `cycles` counts conditional regions as often as it is known that they run, else whenever control
-    passes them, an upper limit; and loops without a constant number of rounds once, a lower limit:
-    `open_loops` says how many there are.
+    passes them, an upper limit; a copy as if it moved all that is moved within VMEM, which is one
+    too; and other loops without a constant number of rounds once, a lower limit: `open_loops` says
+    how many there are.
     """
 
     cycles: int
@@ -59,7 +65,12 @@ class Bundles(NamedTuple):
     regions: tuple[Region, ...]
 
 
-def read_bundles(listing: str, utilization: str, shares: tuple[float, ...] = ()) -> Bundles:
+def read_bundles(
+    listing: str,
+    utilization: str,
+    shares: tuple[float, ...] = (),
+    moved_in_vmem: int | None = None,
+) -> Bundles:
     """Reads the two files of one program.
 
     Args:
@@ -68,6 +79,8 @@ def read_bundles(listing: str, utilization: str, shares: tuple[float, ...] = ())
       shares: how often each condition in the body of the program's loop holds, from 0 to 1, in
         their order (`regions` has them, inside the guard). They are used if the listing has as many
         conditional regions there: a short one may have been turned into predicates.
+      moved_in_vmem: bytes that the pipeline around the loop moves from VMEM to VMEM; None if that
+        is not known, and copies then are open loops.
 
     Raises:
       NoScheduleError: the text is not of the expected form.
@@ -79,13 +92,19 @@ def read_bundles(listing: str, utilization: str, shares: tuple[float, ...] = ())
         raise NoScheduleError(
             f"no schedule found: {len(texts)} bundles in the listing, {len(slots)} rows of usage"
         )
-    conditions = _conditions(texts, regions)
+    conditions = _conditions(texts, regions, len(shares))
     known = len(shares) == len(conditions)
     share_of = dict(zip(conditions, shares, strict=True)) if known else {}
     times = [1.0] * len(texts)
     inside = [False] * len(texts)
     for region in regions:
-        factor = share_of.get(region, 1.0) if region.kind == "conditional" else region.times or 1
+        factor = region.times or 1.0
+        if region.kind == "conditional":
+            factor = share_of.get(region, 1.0)
+        elif region.kind == "copy" and moved_in_vmem is not None:
+            a_round = _STORE_BYTES * _stores(texts[region.first : region.stop])
+            # Of all its visits together.
+            factor = moved_in_vmem / a_round / times[region.first]
         for place in range(region.first, region.stop):
             times[place] *= factor
             inside[place] |= region.kind == "conditional"
@@ -103,7 +122,10 @@ def read_bundles(listing: str, utilization: str, shares: tuple[float, ...] = ())
         conditional=round(sum(t for t, i in zip(times, inside, strict=True) if i)),
         conditions_known=known,
         bundles=len(texts),
-        open_loops=sum(r.kind == "loop" and r.times is None for r in regions),
+        open_loops=sum(
+            (r.kind == "loop" and r.times is None) or (r.kind == "copy" and moved_in_vmem is None)
+            for r in regions
+        ),
         spills=count("VSTORE:SPILL"),
         fills=count("VLOAD:FILL"),
         busy={
@@ -153,24 +175,59 @@ def _regions(texts: list[str], listing: str) -> tuple[Region, ...]:
     loops = [r for r in found if r.kind == "loop"]
     outer = [a for a in loops if not any(b.first < a.first and a.stop < b.stop for b in loops)]
     guards = {next((r for r in found if _fills(r, loop)), None) for loop in outer}
-    return tuple(r._replace(kind="guard") if r in guards else r for r in found)
+    found = [r._replace(kind="guard") if r in guards else r for r in found]
+    moves = [r for r in found if _moves_blocks(r, found, texts)]
+
+    def copies(region: Region) -> bool:
+        around = any(_holds(r, region) for r in moves)
+        open_loop = (region.kind, region.times) == ("loop", None)
+        return open_loop and around and _only_moves(texts[region.first : region.stop])
+
+    return tuple(r._replace(kind="copy") if copies(r) else r for r in found)
 
 
-def _conditions(texts: list[str], regions: tuple[Region, ...]) -> list[Region]:
-    """The conditions of the loop's body, without those by which its pipeline moves blocks."""
+def _moves_blocks(region: Region, regions: Sequence[Region], texts: list[str]) -> bool:
+    """Whether by this condition the pipeline moves blocks: before the guard, or at its very end."""
+    guard = next((r for r in regions if r.kind == "guard"), None)
+    if guard is None or region.kind != "conditional":
+        return False
+    text = texts[region.first : region.stop]
+    if any("dma." in bundle for bundle in text):
+        return True
+    outside = region.stop <= guard.first or guard.stop <= region.first
+    return (outside or region.stop == guard.stop) and _only_moves(text)
+
+
+def _only_moves(texts: list[str]) -> bool:
+    """Whether vectors are loaded and stored here, and nothing else."""
+    made = {kind for text in texts for kind in _VECTOR.findall(text)}
+    return made == {"vld"} and _stores(texts) > 0
+
+
+def _stores(texts: list[str]) -> int:
+    return sum(text.count("= vst [vmem:") for text in texts)
+
+
+def _conditions(texts: list[str], regions: tuple[Region, ...], count: int) -> list[Region]:
+    """The conditions in the body of the program's loop, of which `count` are the kernel's own."""
     guard = next((r for r in regions if r.kind == "guard"), None)
     if guard is None:
         return []
+    body = [r for r in regions if r != guard and _holds(guard, r)]
     found = [
         r
-        for r in regions
+        for r in body
         if r.kind == "conditional"
-        and guard.first <= r.first
-        and r.stop <= guard.stop
         and not any("dma." in text for text in texts[r.first : r.stop])
+        and not any(_holds(other, r) and not _holds(r, other) for other in body)
     ]
-    # Results that lie in VMEM are moved by a copy at the very end.
-    return found[:-1] if found and found[-1].stop == guard.stop else found
+    # A kernel's own last one may only move, too.
+    extra = len(found) > count and _moves_blocks(found[-1], regions, texts)
+    return found[:-1] if extra else found
+
+
+def _holds(outer: Region, inner: Region) -> bool:
+    return outer.first <= inner.first and inner.stop <= outer.stop
 
 
 def _fills(region: Region, loop: Region) -> bool:

@@ -199,11 +199,12 @@ def read_schedule(
             if kernel is not None or instruction.opcode == "fusion":
                 raise NoScheduleError(f"no schedule found for %{instruction.name}")
             continue  # done by the program around it
-        moved, shares = parsed.moved(instruction), ()
+        moved, shares, copied = parsed.moved(instruction), (), None
         if kernel is not None:
             mine = _traffic_of(kernel, waiting)
-            moved, shares = _kernel_bytes(parsed, step, mine), mine.conditions or ()
-        bundles = read_bundles(*texts, shares)
+            moved, copied = _kernel_bytes(parsed, step, mine)
+            shares = mine.conditions or ()
+        bundles = read_bundles(*texts, shares, copied)
         parts.append(
             Part(
                 instruction.name,
@@ -263,19 +264,20 @@ def _traffic_of(kernel: str, waiting: list[KernelTraffic]) -> KernelTraffic:
     return found
 
 
-def _kernel_bytes(program: Program, step: Step, mine: KernelTraffic) -> int:
-    """What one run of a kernel moves; its arrays that lie in VMEM cost nothing."""
+def _kernel_bytes(program: Program, step: Step, mine: KernelTraffic) -> tuple[int, int | None]:
+    """What one run of a kernel moves of main memory, and of its arrays that lie in VMEM."""
     instruction = step.instruction
     arrays = [*_operand_arrays(program, instruction), *instruction.arrays]
     if mine.bytes is not None and len(mine.bytes) == len(arrays):
-        return sum(b for b, array in zip(mine.bytes, arrays, strict=True) if array.hbm)
+        outside = sum(b for b, array in zip(mine.bytes, arrays, strict=True) if array.hbm)
+        return outside, sum(mine.bytes) - outside
     said = _said_bytes(instruction)
     if said is None:
         raise NoScheduleError(
             f"no schedule found: the index maps of kernel {mine.name!r} do not tell what it "
             "moves; give pl.pallas_call a cost_estimate"
         )
-    return said
+    return said, None
 
 
 def _operand_arrays(program: Program, instruction: Instruction) -> Iterator[Any]:

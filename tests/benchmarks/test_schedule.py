@@ -3,7 +3,9 @@
 Mutations that these tests were seen to fail for: rounds off by the start, a guard counted as a
 condition, delay slots left out of a loop, the exit region taken for another, arrays in VMEM counted
 as main memory, a sliced operand counted whole, padding of tiles dropped, a kernel's steps that keep
-their block counted as fetches, the sum of parts without the maximum of bundles and bytes.
+their block counted as fetches, a pipeline's copies counted once a round or without their size, its
+moving of results taken for a condition of the kernel's, the sum of parts without the maximum of
+bundles and bytes.
 """
 
 import json
@@ -141,6 +143,61 @@ def test_the_guard_of_a_pipeline_is_no_condition():
     assert not read_bundles(moving, usage(32), shares=(0.1,)).conditions_known
     # Conditions that cannot be told apart count as always true.
     assert read_bundles(guarded(), usage(32), shares=(0.1, 1.0)).cycles == 2 + 30 * 10
+
+
+def copying(work="%v3 = vadd.f32 %v, %v2"):
+    """A loop whose pipeline moves a block within VMEM, in rounds that depend on data."""
+    return listing(
+        "{ %s9 = smov 0 }",
+        ("LB", ">", "{ %s0 = sphi %s9, %s1 } /* Start region 7 */"),
+        ("", ">", "{ %3 = sbr.rel (%p0) target = $region5 }"),
+        *EMPTY,
+        ("LB", ">>", "{ %v5 = vld [vmem:[%s4]] } /* Start region 6 */"),
+        ("", ">>", "{ %8 = vst [vmem:[%s5]] /*vst_source=*/%v5 }"),
+        ("", ">>", "{ %7 = sbr.rel (!%p6) target = $region6 }"),
+        *EMPTY,
+        ("PF", ">", "{ %4 = sbr.rel (%p1) target = $region8 } /* Start/End empty region 5 */"),
+        *EMPTY,
+        *[("", ">", f"{{ {work} }}")] * 30,
+        ("PF", ">", "{ %s1 = sadd.s32 1, %s0 } /* Start/End empty region 8 */"),
+        "{ %p2 = scmp.ge.s32.totalorder %s1, 10 }",
+        "{ %25 = sbr.rel (!%p2) target = $region7 }",
+        *EMPTY,
+        "{}",
+    )
+
+
+def test_copies_of_a_pipeline_move_what_is_moved():
+    text, bundles = copying(), usage(57)
+    assert [r.kind for r in read_bundles(text, bundles).regions] == [
+        *("loop", "conditional", "copy", "guard")
+    ]
+    assert read_bundles(text, bundles).open_loops == 1
+    # Twelve registers by a loop of seven bundles for each; all else in each of ten rounds.
+    found = read_bundles(text, bundles, moved_in_vmem=12 * 4096)
+    assert found.open_loops == 0
+    assert found.cycles == 2 + 10 * 48 + 12 * 7
+    # A loop that does more is none, nor one of the kernel's own.
+    busy = text.replace("%8 = vst", "%v6 = vmul.f32 %v5, %v5  ;;  %8 = vst")
+    assert read_bundles(busy, bundles, moved_in_vmem=12 * 4096).open_loops == 1
+    own = guarded().replace(
+        "{ %v3 = vadd", "{ %9 = sbr.rel (!%p8) target = $region9  ;;  %v3 = vadd"
+    )
+    assert read_bundles(own, usage(32), moved_in_vmem=12 * 4096).open_loops == 1
+
+
+def test_results_in_vmem_are_moved_at_the_end_of_the_guard():
+    """A condition there is the kernel's own only if one would be missing without it."""
+    last = guarded().replace(" /* Start region 9 */", "")
+    last = last.replace("empty region 8 */", "empty region 8 :: Start/End empty region 9 */")
+    assert read_bundles(last, usage(32)).regions[-1] == Region("conditional", 12, 24, None)
+    assert read_bundles(last, usage(32), shares=(0.5,)).cycles == 2 + 24 * 10
+    assert not read_bundles(last, usage(32)).conditions_known
+    moving = last.replace("%v2 = vadd.f32 %v, %v1", "%v2 = vld [vmem:[%s5]]")
+    moving = moving.replace("%v3 = vadd.f32 %v, %v2", "%8 = vst [vmem:[%s6]] %v2")
+    moving = moving.replace("%v2 = vmul.f32 %v, %v1", "%8 = vst [vmem:[%s6]] %v2")
+    assert read_bundles(moving, usage(32)).conditions_known
+    assert read_bundles(moving, usage(32), shares=(0.5,)).cycles == 2 + 24 * 10
 
 
 def test_a_branch_to_the_exit():

@@ -1,13 +1,13 @@
 """The catalogue loss's TPU kernels, interpreted, against float64.
 
 Mutations that these tests were seen to fail for: the maximum not carried from block to block, sums
-or weighted rows not moved to the new maximum, the last block's exponentials left out, the first
-step's taken of what is in memory, rows that fill the last block counted or multiplied as NaN, labels not taken
-relative to the block, a label just beyond the table picked, the table's gradient not set to zero
-for a new block or written too early, the bias or its gradient left out of one of the kernels,
-statistics of shards not combined, the label's part of a gradient left out or given without its
-smoothing, a large table's rows gathered without their offset, the derivative of a kernel left to
-JAX.
+or weighted rows not moved to the new maximum, the last block's exponentials left out, rows that
+fill the last block counted or multiplied as NaN, positions that fill the last block given a share,
+labels not taken relative to the block, a label just beyond the table picked, the table's gradient
+not set to zero for a new block or written too early, the bias or its gradient left out of one of
+the kernels, statistics of shards not combined, the label's part of a gradient left out or given
+without its smoothing, a large table's rows gathered without their offset, the derivative of a
+kernel left to JAX.
 """
 
 from functools import partial
