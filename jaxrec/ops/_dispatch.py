@@ -9,6 +9,7 @@ TPU ahead of time, or exported.
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import partial
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import jax
@@ -108,3 +109,14 @@ def differentiated_as(kernel: Callable[..., T], xla: Callable[..., T]) -> Callab
     f = jax.custom_jvp(kernel)
     f.defjvp(lambda primals, tangents: jax.jvp(xla, primals, tangents))
     return f
+
+
+def differentiable_switch(
+    xla: Callable[..., T], kernels: dict[str, Callable[..., T]], *operands: Any
+) -> T:
+    """`platform_switch`, where a kernel's derivative is that of `xla`.
+
+    For what stands in the rules of a `custom_vjp`, which a gradient of the gradient passes through.
+    """
+    plain = {platform: differentiated_as(kernel, xla) for platform, kernel in kernels.items()}
+    return platform_switch(xla, plain, *operands)

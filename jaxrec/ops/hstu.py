@@ -8,8 +8,7 @@ from jaxrec.ops._attention_core import block_for
 from jaxrec.ops._checks import check_int_rows, check_qkv, check_scale, check_valid
 from jaxrec.ops._dispatch import Implementation, choose
 from jaxrec.ops._hstu_core import Inputs, Options, attend
-
-_NO_KERNEL = "there is no Pallas kernel of this op yet"
+from jaxrec_kernels.hstu_attention import supports
 
 
 def hstu_attention(
@@ -99,7 +98,14 @@ def hstu_attention(
     _rows.check_tables(op, position_table, length, time_table, {"timestamps": timestamps})
     _rows.check_candidates(op, num_candidates, batch, segment_ids)
     scale = check_scale(op, scale, query.shape[3])
-    choose(op, implementation, _NO_KERNEL)
+    unsupported = supports(
+        query,
+        value,
+        tables=(position_table, time_table),
+        integers=(timestamps, segment_ids),
+        candidates=num_candidates is not None,
+    )
+    choice = choose(op, implementation, unsupported)
 
     if value.size == 0:
         return jnp.zeros_like(value)
@@ -120,4 +126,5 @@ def hstu_attention(
         rows.query_times,
         rows.key_times,
     )
-    return attend(Options(scale, float(normalizer), block_for(length)), inputs)
+    kernel = choice.implementation == "pallas"
+    return attend(Options(scale, float(normalizer), block_for(length), kernel), inputs)

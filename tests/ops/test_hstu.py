@@ -392,6 +392,7 @@ def test_long_rows_form_no_square():
                 time_table=entries,
                 timestamps=times,
                 num_candidates=times[:, 0],
+                implementation="xla",
             ).sum()
 
         return jax.grad(total, range(5))(q, k, v, positions, entries)
@@ -418,12 +419,32 @@ def test_v5e_compiles_the_gradient_within_bounded_memory():
             position_table=positions,
             time_table=entries,
             timestamps=times,
+            implementation="xla",
         ).sum()
 
     rows = spec(8, 2048, 4, 64)
     arguments = (rows, rows, rows, spec(4095), spec(129), spec(8, 2048, dtype=jnp.int32))
     compiled = jax.jit(jax.grad(total, range(5))).lower(*arguments).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < 0.25e9
+
+
+def test_the_gradient_of_the_gradient_does_not_need_the_kernel_to_have_one(rng):
+    arrays, _, times = inputs(rng, 1, 6)
+
+    def norm(implementation, *arrays):
+        def total(*arrays):
+            out = with_tables(None, *arrays, timestamps=times, implementation=implementation)
+            return (out**2).sum()
+
+        return sum((g**2).sum() for g in jax.grad(total, range(5))(*arrays))
+
+    got, wanted = (
+        run(jax.grad(functools.partial(norm, implementation), range(5)), *arrays)
+        for implementation in (None, "xla")
+    )
+    for name, a, b in zip(NAMES, got, wanted, strict=True):
+        assert np.abs(b).max() > 1e-3, name
+        close(a, b, 1e-6, name)
 
 
 @pytest.mark.parametrize("shape", [(0, 5, 1, 4), (2, 0, 1, 4), (2, 5, 0, 4)])
@@ -481,7 +502,10 @@ def test_empty(shape):
         ({"valid": np.ones((2, 4), bool)}, "valid must be"),
         ({"segment_ids": np.ones((2, 5), np.float32)}, "segment_ids must be integer"),
         ({"scale": float("inf")}, "scale must be a finite"),
-        ({"implementation": "pallas"}, "cannot run: there is no Pallas kernel"),
+        (
+            {"implementation": "pallas", "value": np.zeros((2, 5, 1, 300), np.float32)},
+            "cannot run: the kernel is for heads of up to 256, not 300",
+        ),
     ],
 )
 def test_errors(change, message):
