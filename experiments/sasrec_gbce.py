@@ -2,10 +2,11 @@
 
     jaxrec train experiments/sasrec_gbce.py --data NAME --out runs/sasrec_gbce
 
-All but the loss and one number is as in `sasrec.py`: width 64, and one item table where gSASRec's
-own runs have width 128 and a second table for scores. At first the gradients of 256 negatives are
+All but the loss, `b2` and `patience` is as in `sasrec.py`: width 64, and one item table where
+gSASRec's own runs have width 128 and a second table for scores. At first the gradients of 256 negatives are
 hundreds of times those of later; Adam's usual memory of a thousand steps would not let the step
-size recover from them before training is stopped, so that `b2` is 0.98.
+size recover from them before training is stopped, so that `b2` is 0.98. Even so a model first knows
+no more than what is popular, for thousands of steps; it is given 50 validations to get better.
 """
 
 from dataclasses import replace
@@ -20,6 +21,7 @@ config = replace(
     base,
     name="sasrec_gbce",
     optimizer=OptimizerConfig(b2=0.98),
+    training=replace(base.training, patience=50),
     loss=LossConfig(name="gbce", negatives=256, t=0.75),
     published={
         "movielens-1m": (
