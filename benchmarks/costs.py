@@ -39,6 +39,11 @@ def _catalogue(shape: CatalogueShape, backward: bool, itemsize: int, products: i
     return Cost(products * flops, 2 * arguments + gradients + 4 * positions)
 
 
+def causal_attention(shape: AttentionShape, backward: bool, itemsize: int) -> Cost:
+    """Two products of [n, d] and [n, n] below the diagonal; five more for the gradient."""
+    return _attention(shape, backward, itemsize, mixes=0)
+
+
 def hstu_attention(shape: AttentionShape, backward: bool, itemsize: int) -> Cost:
     """Two products of [n, d] and [n, n] below the diagonal; five more for the gradient."""
     return _attention(shape, backward, itemsize, mixes=0)
@@ -65,6 +70,7 @@ def _attention(shape: AttentionShape, backward: bool, itemsize: int, mixes: int)
 COSTS: dict[str, Callable[..., Cost]] = {
     "linear_cross_entropy": linear_cross_entropy,
     "mean_linear_cross_entropy": mean_linear_cross_entropy,
+    "causal_attention": causal_attention,
     "hstu_attention": hstu_attention,
     "positional_kernel_attention": positional_kernel_attention,
 }

@@ -1,6 +1,7 @@
-"""What is compiled for a TPU: each op on each of its named shapes, forward or with its gradient."""
+"""What is compiled and timed: each op on each of its named shapes, forward or with its gradient."""
 
 from collections.abc import Callable, Iterator
+from inspect import signature
 from typing import Any, NamedTuple
 
 import jax
@@ -16,11 +17,15 @@ TIME_BUCKETS = 128
 
 
 class Case(NamedTuple):
-    """One program: an op, a shape, and whether the gradient by all float arguments is taken."""
+    """One program: an op, a shape, and whether the gradient by all float arguments is taken.
+
+    `rows` stands for the shape's own number of sequences or positions, where those are too many.
+    """
 
     op: str
     shape: str
     backward: bool
+    rows: int | None = None
 
     @property
     def direction(self) -> str:
@@ -28,6 +33,12 @@ class Case(NamedTuple):
 
     @property
     def size(self) -> AttentionShape | CatalogueShape:
+        """The numbers that are computed with."""
+        named = self.named_size
+        return named if self.rows is None else named._replace(**{named._fields[0]: self.rows})
+
+    @property
+    def named_size(self) -> AttentionShape | CatalogueShape:
         """The numbers behind the shape's name."""
         return _OPS[self.op].shapes[self.shape]
 
@@ -67,9 +78,22 @@ def cases(
                     yield case
 
 
-def program(case: Case, dtype: Any, implementation: str | None) -> Program:
-    """The function of a case, and its arguments' shapes."""
+def program(
+    case: Case,
+    dtype: Any,
+    implementation: str | None,
+    instead: Callable[..., Any] | None = None,
+) -> Program:
+    """The function of a case, and its arguments' shapes.
+
+    Args:
+      case: the op, its shape and its direction.
+      dtype: of the float arguments.
+      implementation: what the op is told.
+      instead: another function of the same arguments, computed in the op's place.
+    """
     f, floats, others = _OPS[case.op].build(case.size, dtype, implementation)
+    f = f if instead is None else instead
     if not case.backward:
         return Program(f, (*floats, *others))
 
@@ -80,15 +104,20 @@ def program(case: Case, dtype: Any, implementation: str | None) -> Program:
     return Program(jax.grad(total, tuple(range(len(floats)))), (*floats, *others))
 
 
-def kernel_missing(case: Case, dtype: Any) -> str | None:
-    """Why no Pallas kernel takes the case on a TPU, or None if one does."""
+def argument_names(case: Case, dtype: Any) -> tuple[str, ...]:
+    """What the arguments of the case's function are, in their order."""
+    return tuple(signature(_OPS[case.op].build(case.size, dtype, None)[0]).parameters)
+
+
+def kernel_missing(case: Case, dtype: Any, platform: str = "tpu") -> str | None:
+    """Why no Pallas kernel takes the case on a platform, or None if one does."""
     forward = program(case._replace(backward=False), dtype, None)
     with recorded() as decisions:
         jax.eval_shape(forward.function, *forward.specs)
     choice, platforms = next(d for d in decisions if d.choice.op == case.op)
     if choice.implementation != "pallas":
         return choice.reason
-    return None if "tpu" in platforms else f"the kernel is for {', '.join(platforms)}"
+    return None if platform in platforms else f"the kernel is for {', '.join(platforms)}"
 
 
 def op_names() -> tuple[str, ...]:
@@ -97,6 +126,16 @@ def op_names() -> tuple[str, ...]:
 
 def shape_names() -> tuple[str, ...]:
     return tuple(dict.fromkeys(name for op in _OPS.values() for name in op.shapes))
+
+
+def _causal_attention(shape: AttentionShape, dtype: Any, implementation: str | None) -> Any:
+    def f(query: Any, key: Any, value: Any, ids: Any) -> Any:
+        return ops.causal_attention(
+            query, key, value, valid=ids > 0, segment_ids=ids, implementation=implementation
+        )
+
+    x, ids = _rows(shape, dtype)
+    return f, (x, x, x), (ids,)
 
 
 def _positional_kernel_attention(
@@ -170,6 +209,7 @@ def _loss(op: Any, shape: CatalogueShape, dtype: Any, implementation: str | None
 _OPS: dict[str, _Op] = {
     "linear_cross_entropy": _Op(shapes.CATALOGUE, _linear_cross_entropy),
     "mean_linear_cross_entropy": _Op(shapes.CATALOGUE, _mean_linear_cross_entropy),
+    "causal_attention": _Op(shapes.ATTENTION, _causal_attention),
     "positional_kernel_attention": _Op(shapes.ATTENTION, _positional_kernel_attention),
     "hstu_attention": _Op(shapes.ATTENTION, _hstu_attention),
 }

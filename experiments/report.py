@@ -13,6 +13,7 @@ from typing import Any
 
 import tyro
 
+from benchmarks.timings.rows import read as read_rows
 from jaxrec.training.config import load_config, to_dict
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -155,12 +156,14 @@ def benchmarks() -> str:
         "robustness": _robustness,
     }
     lines = []
-    for path in sorted(BENCHMARKS.glob("*.json")):
-        result = json.loads(path.read_text(encoding="utf-8"))
-        if result["benchmark"] in told:
-            lines.append(
-                f"- {told[result['benchmark']](result)} ([file]({path.relative_to(ROOT)}))"
-            )
+    for path in sorted(BENCHMARKS.glob("*.json*")):
+        if path.suffix == ".jsonl":
+            words = _kernels(read_rows(path))
+        else:
+            result = json.loads(path.read_text(encoding="utf-8"))
+            words = told[result["benchmark"]](result) if result["benchmark"] in told else ""
+        if words:
+            lines.append(f"- {words} ([file]({path.relative_to(ROOT)}))")
     head = "## Benchmarks\n\nEach by `python -m benchmarks.NAME`; see docs/benchmarks.md.\n\n"
     return head + "\n".join(lines) + "\n" if lines else ""
 
@@ -233,6 +236,29 @@ def _tpu_aot(result: dict[str, Any]) -> str:
         f"`tpu_aot` ({result['note']}): cycles of forward and gradient, Pallas kernel over XLA's "
         f"form; {'; '.join(told) or 'no kernel yet'}; libtpu {result['versions'].get('libtpu')}"
     )
+
+
+def _kernels(rows: list[dict[str, Any]]) -> str:
+    """The gradients' ratios to the baseline of their run; the rest is in the file."""
+    compared = [
+        r
+        for r in rows
+        if r["direction"] == "gradient" and r.get("ratio") and r["implementation"] != r["baseline"]
+    ]
+    if not compared:
+        return ""
+    groups: dict[tuple[str, ...], list[str]] = {}
+    for r in compared:
+        key = (r["device"], r["dtype"], r["op"], r["implementation"], r["baseline"])
+        star = "\\*" if r["reduced"] else ""
+        groups.setdefault(key, []).append(f"{r['shape']}{star} {r['ratio']:.2f}")
+    told = "; ".join(
+        f"{op}, {name} over {baseline} ({dtype}): {', '.join(ratios)}"
+        for (_, dtype, op, name, baseline), ratios in groups.items()
+    )
+    devices = ", ".join(dict.fromkeys(r["device"] for r in compared))
+    small = " (\\*: a smaller batch)" if any(r["reduced"] for r in compared) else ""
+    return f"`kernels` on {devices}: median time of forward and gradient; {told}{small}"
 
 
 def _robustness(result: dict[str, Any]) -> str:

@@ -458,7 +458,7 @@ def test_every_case_can_be_built_and_traced_for_both_directions():
     names = set(ATTENTION) | set(CATALOGUE)
     found = list(cases())
     assert {c.shape for c in found} == names
-    assert len(found) == 2 * (2 * len(CATALOGUE) + 2 * len(ATTENTION))
+    assert len(found) == 2 * (2 * len(CATALOGUE) + 3 * len(ATTENTION))
     for case in cases(shape_names=("n50", "v3k")):
         f, specs = program(case, jnp.bfloat16, "xla")
         made = jax.eval_shape(f, *specs)
