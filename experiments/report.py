@@ -14,6 +14,7 @@ from typing import Any
 import tyro
 
 from benchmarks.timings.rows import read as read_rows
+from experiments.positions.section import section
 from jaxrec.training.config import load_config, to_dict
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -52,6 +53,8 @@ def render(results: list[dict[str, Any]]) -> str:
     parts = [HEAD]
     for dataset in dict.fromkeys(r["dataset"] for r in results):
         parts.append(_section(dataset, [r for r in results if r["dataset"] == dataset]))
+    if positions := section(RESULTS / "positions", ROOT):
+        parts.append(positions)
     parts.append(benchmarks())
     return "\n".join(parts)
 

@@ -10,9 +10,8 @@ from jaxrec.training.config import load_config
 from jaxrec.training.loop import train
 
 FOLDER = Path(__file__).resolve().parent.parent / "experiments"
-CONFIGS = sorted(
-    path.stem for path in FOLDER.glob("*.py") if path.stem not in ("__init__", "report")
-)
+COMMANDS = ("__init__", "report", "position_study", "plot_taps")
+CONFIGS = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem not in COMMANDS)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
