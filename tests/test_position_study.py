@@ -7,6 +7,7 @@ trained again; a results file of another config taken; a full factor read transp
 
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ import jaxrec
 from experiments import plot_taps
 from experiments.position_study import Arguments, Data, main, plan
 from experiments.positions.arms import ARMS, FACTORS, SCHEMES
-from experiments.positions.cells import Cell, Values, read_values
+from experiments.positions.cells import Cell, Values, find_results, read_values
 from experiments.positions.comparison import Outcome, summarize
 from experiments.positions.section import section
 from experiments.positions.taps import draw_taps, read_taps
@@ -88,6 +89,17 @@ def test_what_is_compared_first_is_trained_first() -> None:
     assert len(cells) == 4
 
 
+@contextmanager
+def quickly_compiled() -> Iterator[None]:
+    """Half the time of a run that compiles far more than it computes."""
+    before = jax.config.jax_disable_most_optimizations
+    jax.config.update("jax_disable_most_optimizations", True)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_disable_most_optimizations", before)
+
+
 @pytest.fixture(scope="module")
 def study(tmp_path_factory: pytest.TempPathFactory) -> Arguments:
     """Two arms: the session's run used again, and one trained after it was interrupted."""
@@ -109,7 +121,7 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Arguments:
             raise Interrupted(15, "stopped at step 1 by a signal")
         return real(config, *args, **options)
 
-    with pytest.MonkeyPatch.context() as patch, small_sets.compiled_once():
+    with pytest.MonkeyPatch.context() as patch, small_sets.compiled_once(), quickly_compiled():
         patch.setattr(jaxrec, "fit", fit)
         patch.setattr(jax, "clear_caches", lambda: None)  # Other tests go on with theirs.
         assert main(arguments) == 128 + 15
@@ -163,7 +175,7 @@ def test_runs_in_other_folders_are_used_again(
     monkeypatch.setattr(jaxrec, "fit", never)
     runs = (study.out / "shop", *study.reuse)
     other = replace(study, out=tmp_path / "out", results=tmp_path / "r", reuse=runs, taps=False)
-    with small_sets.compiled_once():
+    with small_sets.compiled_once(), quickly_compiled():
         assert main(other) == 0
     mine, theirs = (
         json.loads((a.results / "positions" / "study-shop.json").read_text())
@@ -225,6 +237,35 @@ def test_what_cannot_be_ends_in_one_line(
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+def test_which_runs_are_the_same() -> None:
+    config = ARMS["kernel"].config(BASE, data="d", seed=1)
+    cell = Cell(ARMS["kernel"], "d", "hash", config)
+    training = config.training
+
+    def matches(**changes: Any) -> bool:
+        return cell.matches(json.loads(json.dumps(to_dict(replace(config, **changes)))), "hash")
+
+    assert matches()
+    assert matches(name="x", published={}, data=replace(config.data, name="/elsewhere/d"))
+    assert matches(training=replace(training, log_every=7, tensorboard=True))
+    assert not matches(training=replace(training, seed=0))
+    assert not matches(training=replace(training, epochs=3))
+    assert not matches(model=replace(config.model, position="additive"))
+    assert not cell.matches(to_dict(config), "another hash")
+    assert not cell.matches(to_dict(config) | {"unknown": 1}, "hash")
+
+
+@pytest.mark.parametrize("data", ["amazon-2014-beauty", "movielens-1m"])
+def test_results_that_are_there_already_are_arms(data: str) -> None:
+    for arm, name in (("additive", "sasrec"), ("kernel", "sasrec_kernel")):
+        file = EXPERIMENTS / "results" / f"{name}-{data}-seed0.json"
+        results = json.loads(file.read_text())
+        config = ARMS[arm].config(BASE, data=data, seed=0)
+        cell = Cell(ARMS[arm], data, results["data_hash"], config)
+        assert find_results(cell, EXPERIMENTS / "results") == results
+        assert find_results(cell._replace(data_hash="0" * 64), EXPERIMENTS / "results") is None
 
 
 def test_values_of_another_config_or_damaged_ones_are_none(study: Arguments) -> None:

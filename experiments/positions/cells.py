@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 from zipfile import BadZipFile
@@ -14,7 +15,7 @@ from experiments.positions.arms import Arm
 from jaxrec._json_files import read_json
 from jaxrec.errors import UserError
 from jaxrec.serving.run import Run
-from jaxrec.training.config import Experiment, from_dict, to_dict
+from jaxrec.training.config import Experiment, from_dict
 from jaxrec.training.results import results_name
 from jaxrec.training.run_folder import RunFolder
 
@@ -153,7 +154,8 @@ def read_values(cell: Cell, out: Path) -> Values | None:
 
 def _deciding(config: Experiment) -> dict[str, Any]:
     """What decides the numbers of a run, as JSON."""
-    values = json.loads(json.dumps(to_dict(config)))
+    # Not `to_dict`: of a config read from a file it has the fields that stood there.
+    values = json.loads(json.dumps(asdict(config))) | {"type": config.model.type}
     for section, names in _FREE.items():
         for name in names:
             del values[section][name]

@@ -34,8 +34,8 @@ class Taps(NamedTuple):
 
     @property
     def half_lag(self) -> int | None:
-        """Half of the taps behind lag 0, by magnitude, lie within this lag; None if all are 0."""
-        size = np.abs(self.mean[1:]).cumsum()
+        """Half of the squares behind lag 0 lie within this lag; None if all are 0."""
+        size = (self.mean[1:] ** 2).cumsum()
         if not len(size) or size[-1] == 0:
             return None
         return 1 + int(np.searchsorted(size, size[-1] / 2))
