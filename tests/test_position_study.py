@@ -92,7 +92,7 @@ def test_what_is_compared_first_is_trained_first() -> None:
 @contextmanager
 def quickly_compiled() -> Iterator[None]:
     """Half the time of a run that compiles far more than it computes."""
-    before = jax.config.jax_disable_most_optimizations
+    before = jax.config.read("jax_disable_most_optimizations")
     jax.config.update("jax_disable_most_optimizations", True)
     try:
         yield
