@@ -72,7 +72,9 @@ def hstu_attention(
     causality saves, 2.5 times that for the gradient; a time table adds some 150 comparisons and
     selections a pair of events, for all heads together, and as many for its gradient. Backward
     keeps the inputs alone. Below length 1024 weights and biases of a row are formed; from there on
-    memory is O(n) a row, and key blocks that share no segment with a query block are skipped.
+    memory is O(n) a row, and key blocks that share no segment with a query block are skipped. The
+    TPU kernel forms none of them in main memory, computes a bucket by a logarithm, and takes three
+    operations a pair and bucket for the time table's gradient, of the buckets that a tile has.
     Reverse mode only (no `jvp`).
 
     Source: Zhai et al., "Actions Speak Louder than Words", ICML 2024, arXiv 2402.17152, section

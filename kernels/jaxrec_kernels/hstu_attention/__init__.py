@@ -15,7 +15,8 @@ At [4, 8192, 8, 128]: 0.55 TFLOP forward, 2.8 ms, and 1.4 TFLOP backward, 7 ms, 
 
 Nearer to the truth is what runs beside the products on every pair of events: some 15 operations of
 the vector unit for SiLU and the mask, and 25 more, with two look-ups, for a bias by time, which is
-formed once for all heads.
+formed once for all heads. The time table's gradient is dearest, since a TPU cannot scatter: three
+operations for each bucket between the least and the largest of a tile, of the sum over heads.
 """
 
 from typing import Any
