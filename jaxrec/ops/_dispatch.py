@@ -9,7 +9,6 @@ TPU ahead of time, or exported.
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import partial
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import jax
