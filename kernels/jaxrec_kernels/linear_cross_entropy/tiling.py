@@ -4,6 +4,9 @@ from typing import Any, NamedTuple
 
 LANES = 128
 WIDEST = 256
+_POSITIONS = 512
+# What a step of the grid and a round over a chunk cost besides the items in them, in items.
+_STEP, _ROUND = 160, 90
 # Products of float32 in one pass or in float32; what lies between has no lowering.
 _PRECISIONS = (None, "default", "highest", "float32")
 
@@ -23,28 +26,34 @@ class Blocks(NamedTuple):
 
 
 def blocks_for(positions: int, items: int, width: int, itemsize: int) -> Blocks:
-    """Blocks of equal size that cover positions and items with little left over.
+    """Blocks that cover positions and items in the fewest cycles.
 
     >>> blocks_for(25_600, 100_000, 64, 2)
     Blocks(positions=512, items=2048, chunk=512)
     >>> blocks_for(25_600, 3_416, 64, 2)
-    Blocks(positions=512, items=1024, chunk=512)
+    Blocks(positions=512, items=1152, chunk=384)
     >>> blocks_for(10, 20, 64, 2)
     Blocks(positions=128, items=256, chunk=128)
     """
-    # A step more than there are blocks of items is taken: few items are cut finer.
-    largest = 2048 if width * itemsize <= 2 * LANES and items > 8192 else 1024
-    of_items = _even(items, largest, 2 * LANES)
-    chunk = LANES if width > LANES else 1024 // itemsize
-    # Two at least: a loop of one round is none, and what is in it spills.
-    while of_items % chunk or of_items == chunk:
-        chunk //= 2
-    return Blocks(_even(positions, 512, LANES), of_items, chunk)
+    largest = 2048 if width * itemsize <= 2 * LANES else 1024
+    largest_chunk = LANES if width > LANES else 1024 // itemsize
 
+    def cost(chunk: int, rounds: int) -> int:
+        blocks = -(-items // (rounds * chunk))
+        return blocks * (_STEP + rounds * (_ROUND + chunk))
 
-def _even(count: int, largest: int, multiple: int) -> int:
-    blocks = -(-count // largest)
-    return -(-count // (blocks * multiple)) * multiple
+    # Two rounds at least: a loop of one is none, and what is in it spills.
+    chunk, rounds = min(
+        (
+            (chunk, rounds)
+            for chunk in range(LANES, largest_chunk + 1, LANES)
+            for rounds in range(2, largest // chunk + 1)
+        ),
+        key=lambda sizes: cost(*sizes),
+    )
+    blocks = -(-positions // _POSITIONS)
+    of_positions = -(-positions // (blocks * LANES)) * LANES
+    return Blocks(of_positions, rounds * chunk, chunk)
 
 
 def supports(width: int, dtype: Any, precision: str | None) -> str | None:

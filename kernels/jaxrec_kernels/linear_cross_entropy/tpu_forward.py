@@ -8,10 +8,11 @@ lanes and every reduction runs along sublanes. With the running maximum m of a p
     O = O exp(m' - m) + Eᵀ w         in the matrix units                          (block j - 1)
 
 The exponentials of a block need the maximum over all of it, so they wait for its product; done one
-block behind, they run beside the product of the next block. The grid has one step more, for the
-last block's exponentials.
+block behind, they run beside the product of the next block. Those of the last one follow by
+themselves.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -34,6 +35,8 @@ from jaxrec_kernels.linear_cross_entropy.layout import (
 from jaxrec_kernels.linear_cross_entropy.tiling import LANES, Blocks, blocks_for
 
 _F32 = jnp.float32
+# Exponentials at a time without a product beside them: more do not fit in the registers.
+_ALONE = LANES // 2
 
 
 class Statistics(NamedTuple):
@@ -81,7 +84,7 @@ class _State(NamedTuple):
     shift: Any  # what exponentials are taken against
     bias: Any = None  # [items, LANES]
     weights: Any = None  # [items, positions]
-    before: Any = None  # the item rows of the block before
+    before: Any = None  # the item rows of the block that the logits are of
 
 
 def statistics(
@@ -134,14 +137,12 @@ def statistics(
 def _build(call: _Call, hidden: jax.Array, out: Any, interpret: Any) -> Any:
     (rows, width), dtype = hidden.shape, hidden.dtype
     of_positions, of_items = call.blocks.positions, call.blocks.items
-    last = call.item_blocks - 1
 
     def here(i: Any, j: Any) -> Any:
         return call.layout.place(i)
 
     def items_of(i: Any, j: Any) -> Any:
-        # The last step needs no items: what is there stays.
-        return call.layout.place(jnp.minimum(j, last))
+        return call.layout.place(j)
 
     def line(i: Any, j: Any) -> Any:
         return 0, i
@@ -152,7 +153,7 @@ def _build(call: _Call, hidden: jax.Array, out: Any, interpret: Any) -> Any:
         pl.BlockSpec((1, of_positions), line),
     ]
     if call.biased:
-        inputs.append(pl.BlockSpec((1, of_items), lambda i, j: (0, jnp.minimum(j, last))))
+        inputs.append(pl.BlockSpec((1, of_items), lambda i, j: (0, j)))
     outputs = [pl.BlockSpec((1, of_positions), line)] * 3
     scratch = {"logits": pltpu.VMEM((of_items, of_positions), _F32)}
     for name in ("largest", "total", "target", "running", "shift"):
@@ -166,7 +167,7 @@ def _build(call: _Call, hidden: jax.Array, out: Any, interpret: Any) -> Any:
     blocks, size = rows // of_positions, rows * call.items
     return pl.pallas_call(
         partial(_kernel, call),
-        grid=(blocks, call.item_blocks + 1),
+        grid=(blocks, call.item_blocks),
         in_specs=inputs,
         out_specs=outputs,
         out_shape=out,
@@ -192,62 +193,75 @@ def _kernel(
     state = _State(**scratch)
     step = pl.program_id(1)
 
-    @pl.when(step == 0)
-    def _() -> None:
-        state.running[...] = jnp.full_like(state.running, -jnp.inf)
-        # Of the block before the first one: its exponentials are 0.
-        state.logits[...] = jnp.full_like(state.logits, -jnp.inf)
-        for ref in (state.shift, state.total, state.target):
-            ref[...] = jnp.zeros_like(ref)
+    def each(size: int, *parts: Callable[[int, Any], None]) -> None:
+        def one(k: Any, carry: None) -> None:
+            for part in parts:
+                part(size, k * size)
+
+        lax.fori_loop(0, call.blocks.items // size, one, None)
+
+    chunk = call.blocks.chunk
+
+    item = step * call.blocks.items
+    logits = partial(_logits, call, state, hidden_ref, table_ref, labels_ref, item)
+    exponentials = partial(_exponentials, call, state)
+
+    def weigh_rows() -> None:
         if weighted_ref is not None:
-            weighted_ref[...] = jnp.zeros_like(weighted_ref)
-            state.before[...] = jnp.zeros_like(state.before)
+            each(chunk, partial(_add_weighted, call, state, weighted_ref))
 
     state.largest[...] = jnp.full_like(state.largest, -jnp.inf)
     if bias_ref is not None:
         spread(bias_ref, state.bias, call.blocks.chunk)
 
-    def chunk(k: Any, carry: None) -> None:
-        start = k * call.blocks.chunk
-        _exponentials(call, state, start)
-        item = step * call.blocks.items + start
-        _logits(call, state, hidden_ref, table_ref, labels_ref, start, item)
-
-    chunks = call.blocks.items // call.blocks.chunk
-    lax.fori_loop(0, chunks, chunk, None)
-
-    if weighted_ref is not None:
-        lax.fori_loop(0, chunks, partial(_add_weighted, call, state, weighted_ref), None)
-        _keep_rows(call, state, table_ref, step)
-
-    @pl.when(step < call.item_blocks)
+    @pl.when(step == 0)
     def _() -> None:
-        # What was summed so far moves to the new maximum.
-        before = state.running[...]
-        largest = jnp.maximum(before, state.largest[...].max(0, keepdims=True))
-        shift = jnp.where(largest == -jnp.inf, _F32(0), largest)
-        factor = jnp.exp(before - shift)
-        state.running[...] = largest
-        state.shift[...] = shift
-        state.total[...] = factor * state.total[...]
+        state.running[...] = jnp.full_like(state.running, -jnp.inf)
+        for ref in (state.total, state.target):
+            ref[...] = jnp.zeros_like(ref)
         if weighted_ref is not None:
-            weighted_ref[...] = factor[:1] * weighted_ref[...]
+            weighted_ref[...] = jnp.zeros_like(weighted_ref)
+        each(chunk, logits)
 
-    @pl.when(step == call.item_blocks)
+    if call.item_blocks > 1:
+
+        @pl.when(step > 0)
+        def _() -> None:
+            # Of the block before, whose logits then make room.
+            each(chunk, exponentials, logits)
+            weigh_rows()
+
+    # What was summed so far moves to the new maximum.
+    before = state.running[...]
+    largest = jnp.maximum(before, state.largest[...].max(0, keepdims=True))
+    shift = jnp.where(largest == -jnp.inf, _F32(0), largest)
+    factor = jnp.exp(before - shift)
+    state.running[...] = largest
+    state.shift[...] = shift
+    state.total[...] = factor * state.total[...]
+    if weighted_ref is not None:
+        weighted_ref[...] = factor[:1] * weighted_ref[...]
+        state.before[...] = table_ref[...]
+
+    @pl.when(step == call.item_blocks - 1)
     def _() -> None:
+        if call.weighted:
+            _clear_left_over(call, state)
+        each(_ALONE, exponentials)
+        weigh_rows()
         largest_ref[...] = state.running[:1]
         total_ref[...] = state.total[...].sum(0, keepdims=True)
         target_ref[...] = state.target[...].sum(0, keepdims=True)
 
 
-def _exponentials(call: _Call, state: _State, start: Any) -> None:
-    """Of a chunk of the block before, from its logits."""
-    rows = pl.ds(pl.multiple_of(start, call.blocks.chunk), call.blocks.chunk)
+def _exponentials(call: _Call, state: _State, size: int, start: Any) -> None:
+    """Of a chunk of logits, against the maximum of their block."""
+    rows = pl.ds(pl.multiple_of(start, size), size)
     weights = jnp.exp(by_sublane(state.logits[rows, :]) - state.shift[...][None])
     state.total[...] += weights.sum(0)
     if call.weighted:
-        shape = (call.blocks.chunk, call.blocks.positions)
-        state.weights[rows, :] = weights.reshape(shape).astype(state.weights.dtype)
+        weights = weights.reshape(size, call.blocks.positions)
+        state.weights[rows, :] = weights.astype(state.weights.dtype)
 
 
 def _logits(
@@ -256,11 +270,12 @@ def _logits(
     hidden_ref: Any,
     table_ref: Any,
     labels_ref: Any,
+    block: Any,
+    size: int,
     start: Any,
-    item: Any,
 ) -> None:
-    """Of a chunk of this block, in the place of those of the block before."""
-    size, axis = call.blocks.chunk, call.layout.width_axis
+    """Of a chunk of this block, whose first item is `block`."""
+    axis, item = call.layout.width_axis, block + start
     rows = table_ref[call.layout.rows(start, size)]
     logits = product(rows, hidden_ref[...], (axis, axis), call.precision)
     if call.biased:
@@ -275,21 +290,16 @@ def _logits(
     state.target[...] += by_sublane(hit).sum(0)
 
 
-def _add_weighted(call: _Call, state: _State, weighted_ref: Any, k: Any, carry: None) -> None:
-    """The weighted item rows of a chunk of the block before."""
-    start, size = k * call.blocks.chunk, call.blocks.chunk
+def _add_weighted(call: _Call, state: _State, weighted_ref: Any, size: int, start: Any) -> None:
+    """The weighted item rows of a chunk of the block that the exponentials are of."""
     rows = state.before[call.layout.rows(start, size)]
     weights = state.weights[pl.ds(pl.multiple_of(start, size), size), :]
     weighted_ref[...] += product(rows, weights, (1 - call.layout.width_axis, 0), call.precision)
 
 
-def _keep_rows(call: _Call, state: _State, table_ref: Any, step: Any) -> None:
-    """This block's item rows for the next step, zeros beyond the items: 0 times NaN is NaN."""
-    state.before[...] = table_ref[...]
+def _clear_left_over(call: _Call, state: _State) -> None:
+    """Zeros in the rows that only fill the last block: 0 times NaN is NaN."""
     if call.left_over:
-
-        @pl.when(step == call.item_blocks - 1)
-        def _() -> None:
-            end = slice(call.blocks.items - call.left_over, None)
-            place = (slice(None), end) if call.layout.transposed else (end, slice(None))
-            state.before[place] = jnp.zeros_like(state.before[place])
+        end = slice(call.blocks.items - call.left_over, None)
+        place = (slice(None), end) if call.layout.transposed else (end, slice(None))
+        state.before[place] = jnp.zeros_like(state.before[place])
