@@ -60,14 +60,9 @@ def by_sublane(chunk: jax.Array) -> jax.Array:
     return chunk.reshape(chunk.shape[0] // 8, 8, chunk.shape[1])
 
 
-def spread(line_ref: Any, column_ref: Any, size: int) -> None:
-    """Writes a line [1, rows] into [rows, LANES], alike in all lanes, `size` rows at a time."""
-
-    def part(k: Any, carry: None) -> None:
-        rows = pl.ds(pl.multiple_of(k * size, size), size)
-        column_ref[rows, :] = jnp.broadcast_to(line_ref[:, rows], (LANES, size)).T
-
-    lax.fori_loop(0, column_ref.shape[0] // size, part, None)
+def column(line: jax.Array) -> jax.Array:
+    """A line [1, rows] as [rows, LANES], alike in all lanes."""
+    return jnp.broadcast_to(line, (LANES, line.shape[1])).T
 
 
 def across(column: jax.Array, lanes: int) -> jax.Array:

@@ -22,10 +22,10 @@ from jaxrec_kernels import compat
 from jaxrec_kernels.linear_cross_entropy.layout import (
     Layout,
     across,
+    column,
     layout_for,
     precision_for,
     product,
-    spread,
 )
 from jaxrec_kernels.linear_cross_entropy.tiling import LANES, Blocks, blocks_for
 
@@ -162,14 +162,15 @@ def _kernel(call: _Call, hidden_ref: Any, table_ref: Any, *refs: Any, **scratch:
     state = _State(**scratch)
     item, step = pl.program_id(0) * call.blocks.items, pl.program_id(1)
 
+    chunks = call.blocks.items // call.blocks.chunk
+
     @pl.when(step == 0)
     def _() -> None:
         state.table[...] = jnp.zeros_like(state.table)
         if call.biased:
             state.bias_gradient[...] = jnp.zeros_like(state.bias_gradient)
-            spread(bias_ref, state.bias, call.blocks.chunk)
+            lax.fori_loop(0, chunks, partial(_spread_bias, call, state, bias_ref), None)
 
-    chunks = call.blocks.items // call.blocks.chunk
     delta = partial(_delta, call, state, hidden_ref, table_ref, lines, item)
     lax.fori_loop(0, chunks, delta, None)
     lax.fori_loop(0, chunks, partial(_add, call, state, hidden_ref), None)
@@ -179,6 +180,12 @@ def _kernel(call: _Call, hidden_ref: Any, table_ref: Any, *refs: Any, **scratch:
         lax.fori_loop(0, chunks, partial(_write, call, state, table_out), None)
         if bias_out is not None:
             bias_out[...] = state.bias_gradient[...].T.sum(0, keepdims=True)
+
+
+def _spread_bias(call: _Call, state: _State, bias_ref: Any, k: Any, carry: None) -> None:
+    """A chunk of the bias, into all lanes."""
+    _, rows = _chunk(call, k)
+    state.bias[rows, :] = column(bias_ref[:, rows])
 
 
 def _delta(

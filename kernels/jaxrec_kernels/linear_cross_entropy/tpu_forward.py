@@ -27,10 +27,10 @@ from jaxrec_kernels.linear_cross_entropy.layout import (
     Layout,
     across,
     by_sublane,
+    column,
     layout_for,
     precision_for,
     product,
-    spread,
 )
 from jaxrec_kernels.linear_cross_entropy.tiling import LANES, Blocks, blocks_for
 
@@ -82,7 +82,6 @@ class _State(NamedTuple):
     # [8, positions], the same in all sublanes:
     running: Any  # the largest so far
     shift: Any  # what exponentials are taken against
-    bias: Any = None  # [items, LANES]
     weights: Any = None  # [items, positions]
     before: Any = None  # the item rows of the block that the logits are of
 
@@ -158,8 +157,6 @@ def _build(call: _Call, hidden: jax.Array, out: Any, interpret: Any) -> Any:
     scratch = {"logits": pltpu.VMEM((of_items, of_positions), _F32)}
     for name in ("largest", "total", "target", "running", "shift"):
         scratch[name] = pltpu.VMEM((8, of_positions), _F32)
-    if call.biased:
-        scratch["bias"] = pltpu.VMEM((of_items, LANES), _F32)
     if call.weighted:
         outputs.append(pl.BlockSpec((width, of_positions), line))
         scratch["weights"] = pltpu.VMEM((of_items, of_positions), dtype)
@@ -203,7 +200,7 @@ def _kernel(
     chunk = call.blocks.chunk
 
     item = step * call.blocks.items
-    logits = partial(_logits, call, state, hidden_ref, table_ref, labels_ref, item)
+    logits = partial(_logits, call, state, hidden_ref, table_ref, labels_ref, bias_ref, item)
     exponentials = partial(_exponentials, call, state)
 
     def weigh_rows() -> None:
@@ -211,8 +208,6 @@ def _kernel(
             each(chunk, partial(_add_weighted, call, state, weighted_ref))
 
     state.largest[...] = jnp.full_like(state.largest, -jnp.inf)
-    if bias_ref is not None:
-        spread(bias_ref, state.bias, call.blocks.chunk)
 
     @pl.when(step == 0)
     def _() -> None:
@@ -270,6 +265,7 @@ def _logits(
     hidden_ref: Any,
     table_ref: Any,
     labels_ref: Any,
+    bias_ref: Any,
     block: Any,
     size: int,
     start: Any,
@@ -279,8 +275,8 @@ def _logits(
     rows = table_ref[call.layout.rows(start, size)]
     logits = product(rows, hidden_ref[...], (axis, axis), call.precision)
     if call.biased:
-        column = state.bias[pl.ds(pl.multiple_of(start, size), size), :]
-        logits += across(column, call.blocks.positions)
+        of_items = pl.ds(pl.multiple_of(start, size), size)
+        logits += across(column(bias_ref[:, of_items]), call.blocks.positions)
     ids = lax.broadcasted_iota(jnp.int32, logits.shape, 0)
     # Needed in the last block alone; with it in all of them the registers are enough everywhere.
     logits = jnp.where(ids < call.items - item, logits, _F32(-jnp.inf))
