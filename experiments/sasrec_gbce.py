@@ -3,10 +3,11 @@
     jaxrec train experiments/sasrec_gbce.py --data NAME --out runs/sasrec_gbce
 
 All but the loss, `b2` and `patience` is as in `sasrec.py`: width 64, and one item table where
-gSASRec's own runs have width 128 and a second table for scores. At first the gradients of 256 negatives are
-hundreds of times those of later; Adam's usual memory of a thousand steps would not let the step
-size recover from them before training is stopped, so that `b2` is 0.98. Even so a model first knows
-no more than what is popular, for thousands of steps; it is given 50 validations to get better.
+gSASRec's own runs have width 128 and a second table for scores. At first the gradients of 256
+negatives are hundreds of times those of later; Adam's usual memory of a thousand steps would not
+let the step size recover from them before training is stopped, so that `b2` is 0.98. Even so a
+model first knows no more than what is popular, for thousands of steps; it is given 50 validations
+to get better.
 """
 
 from dataclasses import replace
