@@ -195,7 +195,8 @@ def _moves_blocks(region: Region, regions: Sequence[Region], texts: list[str]) -
     if any("dma." in bundle for bundle in text):
         return True
     outside = region.stop <= guard.first or guard.stop <= region.first
-    return (outside or region.stop == guard.stop) and _only_moves(text)
+    # Behind it there may be further blocks that are moved, by conditions that became predicates.
+    return _only_moves(text if outside else texts[region.first : guard.stop])
 
 
 def _only_moves(texts: list[str]) -> bool:

@@ -18,6 +18,7 @@ import numpy as np
 
 # Of what conditions on program ids are made.
 _SCALAR_OPERATIONS = {"eq", "ne", "lt", "le", "gt", "ge", "and", "or", "not", "add", "sub", "mul"}
+_MONOTONE = {"and", "or", "convert_element_type"}
 _SCALAR_OPERATIONS |= {"rem", "div", "min", "max", "convert_element_type"}
 
 
@@ -26,7 +27,7 @@ class KernelTraffic(NamedTuple):
 
     `bytes` is None where index maps depend on data, or where the kernel starts DMAs of its own.
     `conditions` are the shares of steps in which each `pl.when` holds, in the order of the kernel;
-    None where one depends on data.
+    None where one depends on data alone.
     """
 
     name: str
@@ -118,12 +119,19 @@ def _extent(dim: Any) -> int | None:
 
 
 def _conditions(kernel: Any, ids: list[np.ndarray], grid: tuple[int, ...]) -> Any:
-    """The share of steps in which each condition of the kernel's body holds."""
+    """The share of steps in which each condition of the kernel's body holds.
+
+    Where it depends on data besides, as on which segments meet, the largest that it can be.
+    """
     known: dict[Any, Any] = {}
+    at_most: set[Any] = set()
     shares = []
 
     def value(x: Any) -> Any:
         return x.val if hasattr(x, "val") else known.get(x)
+
+    def is_at_most(x: Any) -> bool:
+        return not hasattr(x, "val") and x in at_most
 
     for eqn in kernel.eqns:
         name = eqn.primitive.name
@@ -136,7 +144,17 @@ def _conditions(kernel: Any, ids: list[np.ndarray], grid: tuple[int, ...]) -> An
             if index is None:
                 return None
             shares.append(float(np.mean(np.asarray(index) != 0)))
+        elif _is_conjunction(eqn) and sum(value(x) is not None for x in eqn.invars) == 1:
+            known[eqn.outvars[0]] = next(value(x) for x in eqn.invars if value(x) is not None)
+            at_most.add(eqn.outvars[0])
+        elif name not in _MONOTONE and any(is_at_most(x) for x in eqn.invars):
+            continue
         elif name in _SCALAR_OPERATIONS and all(value(x) is not None for x in eqn.invars):
             found = eqn.primitive.bind(*np.broadcast_arrays(*map(value, eqn.invars)), **eqn.params)
             known[eqn.outvars[0]] = np.asarray(found)
+            at_most.update(eqn.outvars if any(is_at_most(x) for x in eqn.invars) else ())
     return tuple(shares)
+
+
+def _is_conjunction(eqn: Any) -> bool:
+    return eqn.primitive.name == "and" and eqn.outvars[0].aval.dtype == bool

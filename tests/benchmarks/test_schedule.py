@@ -423,6 +423,26 @@ def test_conditions_on_data_are_not_known():
     assert found == KernelTraffic("f", 1, (4096, 4096), None)
 
 
+def test_conditions_on_places_and_data_hold_at_most_where_the_places_allow():
+    def conditions(opposite):
+        def body(x, out):
+            condition = (pl.program_id(0) == pl.program_id(1)) & (x[0, 0] > 0)
+
+            @pl.when(~condition if opposite else condition)
+            def _():
+                out[...] = x[...]
+
+        x = jax.ShapeDtypeStruct((8, 128), jnp.float32)
+        whole = pl.BlockSpec((8, 128), lambda i, j: (0, 0))
+        call = pl.pallas_call(body, grid=(4, 4), in_specs=[whole], out_specs=whole, out_shape=x)
+        (found,) = kernel_traffic(call, x)
+        return found.conditions
+
+    assert conditions(opposite=False) == (0.25,)
+    # The opposite is not bounded by that.
+    assert conditions(opposite=True) is None
+
+
 def test_padding_of_blocks():
     assert padded_elements((100, 64), 2) == 104 * 128
     assert padded_elements((3, 2, 64), 4) == 3 * 2 * 128

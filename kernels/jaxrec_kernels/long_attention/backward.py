@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from jaxrec_kernels.attention_tile import LOG2E, NOBODY, dot, logits_of, through_softmax
@@ -51,7 +50,7 @@ def backward(
     """Gradients of queries, keys and values; arguments as of `forward`, and its results."""
     plan = plan_of(query)
     settings = Settings(plan, factor, dropout_rate)
-    call = Call(settings, masks_of(plan, ids), by_key(plan.blocks))
+    call = Call(settings, masks_of(plan, ids), by_key(plan.blocks, plan.blocks - 1))
     call.read_seeds(seeds)
     for name, x, of_queries in (
         ("q", query, True),
@@ -83,7 +82,7 @@ def backward(
         "d_value": pltpu.VMEM(across, _F32),
         "d_query": pltpu.VMEM((plan.blocks, plan.lanes, plan.block), _F32),
     }
-    found = call.run(_step, "long_attention_backward", products=5, interpret=interpret)
+    found = call.run(_step, "long_attention_backward", interpret)
     shaped = (found[name].reshape(query.shape) for name in ("dq", "dk", "dv"))
     return Gradients(*shaped)
 
@@ -91,8 +90,7 @@ def backward(
 def _step(step: Step) -> None:
     refs, i, j = step.refs, step.query_block, step.key_block
 
-    @pl.when(i == j)
-    def _() -> None:
+    def start() -> None:
         step.read_key_ids()
         for name in ("key", "value"):
             refs[name][...] = step.clean_keys(name[0])
@@ -100,24 +98,25 @@ def _step(step: Step) -> None:
         for name in ("d_key", "d_value"):
             refs[name][...] = jnp.zeros_like(refs[name])
 
-    @pl.when(j == 0)
-    def _() -> None:
+    def start_queries() -> None:
         zero = refs["d_query"].at[i]
         zero[...] = jnp.zeros_like(zero)
 
-    @pl.when(i == j)
-    def _() -> None:
+    def own_queries() -> None:
         _pair(step, diagonal=True)
         _write_queries(step)
 
-    pl.when((j < i) & step.meets())(partial(_pair, step, diagonal=False))
-
-    @pl.when(i == step.plan.blocks - 1)
-    def _() -> None:
+    def finish() -> None:
         # Keys carry the factor of the logits where that is 1, in units of log 2.
         units = step.settings.factor / LOG2E
         refs["dk"][0] = (refs["d_key"][...] * _F32(units)).astype(refs["dk"].dtype)
         refs["dv"][0] = refs["d_value"][...].astype(refs["dv"].dtype)
+
+    step.when(i == j, start)
+    step.when(j == 0, start_queries)
+    step.when(i == j, own_queries)
+    step.when((j < i) & step.meets(), partial(_pair, step, diagonal=False))
+    step.when(i == step.plan.blocks - 1, finish)
 
 
 def _write_queries(step: Step) -> None:

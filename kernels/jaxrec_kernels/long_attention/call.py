@@ -1,13 +1,9 @@
 """A kernel over pairs of blocks: its operands by name, its grid, what it knows of segments."""
 
-import itertools
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
@@ -15,7 +11,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxrec_kernels import compat
 from jaxrec_kernels.attention_dropout import keep_bits
 from jaxrec_kernels.attention_tile import NOBODY, visible
-from jaxrec_kernels.long_attention.plan import LANES, Pairs, Plan
+from jaxrec_kernels.long_attention.plan import LANES, Order, Plan
 
 _F32 = jnp.float32
 # The scalar memory holds so many blocks' least and largest ids.
@@ -63,54 +59,21 @@ class _Operand(NamedTuple):
     shape: tuple[int, ...] | None  # None: whole, in the scalar memory
     place: Callable[..., tuple[Any, ...]] | None  # of row, slab, query block, key block
 
-    def spec(self, axes: list[str]) -> pl.BlockSpec:
-        place = self.place
-        if place is None:
-            return pl.BlockSpec(memory_space=pltpu.SMEM)
-
-        def at(*indices: Any) -> Any:
-            *places, queries, keys = indices
-            of = dict(zip(axes, places, strict=True))
-            return place(of["row"], of["slab"], queries[of["step"]], keys[of["step"]])
-
-        return pl.BlockSpec(self.shape, at)
-
-    def bytes(self, axes: dict[str, int], meeting: Pairs) -> int:
-        """Moved by the whole grid; a block comes when its place changes.
-
-        `axes`: their sizes, from the outermost.
-        """
-        if self.place is None or self.shape is None:
-            return 0
-        places = [self.place(0, 0, *pair) for pair in meeting]
-        reads = {
-            "row": self.place(1, 0, *meeting[0]) != places[0],
-            "slab": self.place(0, 1, *meeting[0]) != places[0],
-            "step": any(place != places[0] for place in places),
-        }
-        inner = max((n for n, name in enumerate(axes) if reads[name]), default=-1)
-        names = list(axes)[: inner + 1]
-        moves = math.prod(axes[name] for name in names)
-        if names and names[-1] == "step":
-            changes = 1 + sum(a != b for a, b in itertools.pairwise(places))
-            moves = moves // len(meeting) * changes
-        return moves * math.prod(self.shape) * int(self.array.dtype.itemsize)
-
 
 class Call:
-    """Collects what a kernel reads and writes; runs it on the pairs of blocks that meet."""
+    """Collects what a kernel reads and writes; runs it on the pairs of blocks that meet.
+
+    `axes`: the grid, from the outermost; the pairs are two axes of it.
+    """
 
     def __init__(
         self,
         settings: Settings,
         masks: Masks,
-        meeting: Pairs,
-        order: tuple[str, str, str] = ("row", "slab", "step"),
+        order: Order,
+        axes: tuple[str, str, str] = ("row", "slab", "pair"),
     ) -> None:
-        plan = settings.plan
-        self.settings, self.meeting = settings, meeting
-        sizes = {"row": plan.batch, "slab": plan.slabs, "step": len(meeting)}
-        self.axes = {name: sizes[name] for name in order}
+        self.settings, self.order, self.axes = settings, order, axes
         self.inputs: dict[str, _Operand] = {}
         self.outputs: dict[str, _Operand] = {}
         self.scratch: dict[str, Any] = {}
@@ -123,12 +86,12 @@ class Call:
         if masks.ranges is not None:
             self.inputs["ranges"] = _Operand(masks.ranges, None, None)
 
-    def read(self, name: str, array: Any, shape: tuple[int, ...], index: Any) -> None:
-        """`index(row, slab, query block, key block)`."""
-        self.inputs[name] = _Operand(array, shape, index)
+    def read(self, name: str, array: Any, shape: tuple[int, ...], place: Any) -> None:
+        """`place(row, slab, query block, key block)`."""
+        self.inputs[name] = _Operand(array, shape, place)
 
-    def write(self, name: str, array: Any, shape: tuple[int, ...], index: Any) -> None:
-        self.outputs[name] = _Operand(array, shape, index)
+    def write(self, name: str, array: Any, shape: tuple[int, ...], place: Any) -> None:
+        self.outputs[name] = _Operand(array, shape, place)
 
     def read_seeds(self, seeds: Array | None) -> None:
         if seeds is not None:
@@ -150,68 +113,69 @@ class Call:
         shape = (1, 1, plan.slab_heads, plan.block)
         return shape, lambda row, slab, i, j: (row, slab, 0, i)
 
-    def run(
-        self,
-        body: Callable[["Step"], None],
-        name: str,
-        *,
-        products: int,
-        weights: bool = True,
-        interpret: Any,
-    ) -> dict[str, jax.Array]:
-        """Outputs by name; for a pair of blocks, `products` of a square with a slab.
-
-        `weights`: there is an exponential for every entry of the square.
-        """
+    def run(self, body: Callable[["Step"], None], name: str, interpret: Any) -> dict[str, Any]:
+        """Outputs by name."""
         plan = self.settings.plan
-        arrays = [x.array for x in self.inputs.values()]
-        names = ("query_blocks", "key_blocks", *self.inputs, *self.outputs, *self.scratch)
-        scalars = [
-            jnp.asarray(np.asarray(blocks, np.int32)) for blocks in zip(*self.meeting, strict=True)
-        ]
-        operands = (*self.inputs.values(), *self.outputs.values())
-        axes = list(self.axes)
+        sizes = {"row": (plan.batch,), "slab": (plan.slabs,), "pair": self.order[:2]}
+        grid = [n for axis in self.axes for n in sizes[axis]]
         # Sums that go beyond a row or a slab are taken in order.
-        last = axes.index("step")
-        order = ["parallel"] * last + ["arbitrary"] * (3 - last)
-        squares = math.prod(self.axes.values()) * plan.block**2
+        parallel = self.axes.index("pair")
+        arrays = [x.array for x in self.inputs.values()]
+        names = (*self.inputs, *self.outputs, *self.scratch)
 
         def kernel(*refs: Any) -> None:
-            body(Step(self.settings, axes, dict(zip(names, refs, strict=True))))
+            at = self._at([pl.program_id(axis) for axis in range(len(grid))])
+            body(Step(self.settings, at, dict(zip(names, refs, strict=True))))
 
         found = pl.pallas_call(
             kernel,
-            grid_spec=pltpu.PrefetchScalarGridSpec(
-                num_scalar_prefetch=len(scalars),
-                grid=tuple(self.axes.values()),
-                in_specs=[x.spec(axes) for x in self.inputs.values()],
-                out_specs=[x.spec(axes) for x in self.outputs.values()],
-                scratch_shapes=list(self.scratch.values()),
-            ),
+            grid=tuple(grid),
+            in_specs=[self._spec(x) for x in self.inputs.values()],
+            out_specs=[self._spec(x) for x in self.outputs.values()],
             out_shape=[compat.like(arrays, x.array) for x in self.outputs.values()],
+            scratch_shapes=list(self.scratch.values()),
             compiler_params=compat.compiler_params(
-                dimension_semantics=tuple(order),
+                dimension_semantics=tuple(
+                    "parallel" if axis < parallel else "arbitrary" for axis in range(len(grid))
+                ),
                 vmem_limit_bytes=_VMEM,
-            ),
-            # The places of the blocks are looked up, so that the compiler cannot count.
-            cost_estimate=pl.CostEstimate(
-                flops=squares * products * 2 * plan.lanes,
-                bytes_accessed=sum(x.bytes(self.axes, self.meeting) for x in operands),
-                transcendentals=squares * plan.slab_heads if weights else 0,
             ),
             name=name,
             interpret=interpret,
-        )(*scalars, *arrays)
+        )(*arrays)
         return dict(zip(self.outputs, found, strict=True))
+
+    def _at(self, indices: Sequence[Any]) -> "_At":
+        """Where a step of the grid is."""
+        left = list(indices)
+        of = {axis: [left.pop(0) for _ in range(1 + (axis == "pair"))] for axis in self.axes}
+        return _At(of["row"][0], of["slab"][0], *self.order.place(*of["pair"]))
+
+    def _spec(self, operand: _Operand) -> pl.BlockSpec:
+        place = operand.place
+        if place is None:
+            return pl.BlockSpec(memory_space=pltpu.SMEM)
+        return pl.BlockSpec(operand.shape, lambda *indices: place(*self._at(indices)[:4]))
+
+
+class _At(NamedTuple):
+    row: Any
+    slab: Any
+    query_block: Any
+    key_block: Any
+    exists: Any  # whether the two blocks meet
 
 
 class Step:
     """A pair of blocks at work."""
 
-    def __init__(self, settings: Settings, axes: list[str], refs: dict[str, Any]) -> None:
+    def __init__(self, settings: Settings, at: _At, refs: dict[str, Any]) -> None:
         self.settings, self.plan, self.refs = settings, settings.plan, refs
-        self.row, self.slab, step = (pl.program_id(axes.index(a)) for a in ("row", "slab", "step"))
-        self.query_block, self.key_block = refs["query_blocks"][step], refs["key_blocks"][step]
+        self.row, self.slab, self.query_block, self.key_block, self._exists = at
+
+    def when(self, condition: Any, run: Callable[[], None]) -> None:
+        """Runs it if the condition holds and there is a pair."""
+        pl.when(self._exists & condition)(run)
 
     @property
     def masked(self) -> bool:

@@ -7,7 +7,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from jaxrec_kernels.attention_tile import MASKED, NOBODY, Softmax, absorb, logits_of
@@ -23,6 +22,8 @@ from jaxrec_kernels.long_attention.call import (
 from jaxrec_kernels.long_attention.plan import by_query, plan_of
 
 _F32 = jnp.float32
+# Tiles of keys that are scheduled as one: more take fewer cycles, and spill.
+_TOGETHER = 2
 
 
 def forward(
@@ -48,7 +49,7 @@ def forward(
     """
     plan = plan_of(query)
     settings = Settings(plan, factor, dropout_rate)
-    call = Call(settings, masks_of(plan, ids), by_query(plan.blocks))
+    call = Call(settings, masks_of(plan, ids), by_query(plan.blocks, plan.blocks - 1))
     call.read_seeds(seeds)
     call.read("q", flat(query), *call.wide(of_queries=True))
     call.read("k", flat(key), *call.wide(of_queries=False))
@@ -64,40 +65,44 @@ def forward(
         "out": pltpu.VMEM((plan.lanes, plan.block), _F32),
         "value_down": pltpu.VMEM((plan.lanes, plan.block), value.dtype),
     }
-    found = call.run(_step, "long_attention_forward", products=2, interpret=interpret)
+    found = call.run(_step, "long_attention_forward", interpret)
     return found["o"].reshape(value.shape), from_slabs(plan, found["lse"])
 
 
 def _step(step: Step) -> None:
     refs, i, j = step.refs, step.query_block, step.key_block
 
-    @pl.when(j == 0)
-    def _() -> None:
+    def start() -> None:
         refs["largest"][...] = jnp.full_like(refs["largest"], MASKED)
         refs["total"][...] = jnp.zeros_like(refs["total"])
         refs["out"][...] = jnp.zeros_like(refs["out"])
 
-    pl.when((j < i) & step.meets())(partial(_pair, step, diagonal=False))
-
-    @pl.when(j == i)
-    def _() -> None:
+    def finish() -> None:
         _pair(step, diagonal=True)
         _finish(step)
+
+    step.when(j == 0, start)
+    step.when((j < i) & step.meets(), partial(_pair, step, diagonal=False))
+    step.when(j == i, finish)
 
 
 def _pair(step: Step, diagonal: bool) -> None:
     step.read_key_ids()
     step.refs["value_down"][...] = jnp.transpose(step.clean_keys("v"))
-    places = itertools.product(tiles(0, step.plan.block), range(step.plan.slab_heads))
-    for number, (queries, head) in enumerate(places):
-        step.alone(number, partial(_member, step, head, queries, diagonal))
+    number = 0
+    for queries, head in itertools.product(tiles(0, step.plan.block), range(step.plan.slab_heads)):
+        block = tiles(0, queries.stop if diagonal else step.plan.block)
+        for first in range(0, len(block), _TOGETHER):
+            number += 1
+            some = block[first : first + _TOGETHER]
+            step.alone(number, partial(_member, step, head, queries, some, diagonal))
 
 
-def _member(step: Step, head: int, queries: slice, diagonal: bool) -> None:
+def _member(step: Step, head: int, queries: slice, block: list[slice], diagonal: bool) -> None:
     refs, own, one = step.refs, step.plan.lanes_of(head), slice(head, head + 1)
     query = step.member(head, refs["q"][0, queries])
     state = _state(step, head, queries)
-    for keys in tiles(0, queries.stop if diagonal else step.plan.block):
+    for keys in block:
         mask = step.mask(keys, queries, diagonal and keys.start == queries.start)
         logits = logits_of(refs["k"][0, keys], query, step.settings.factor, mask)
         keep = step.keep(keys, queries, head)

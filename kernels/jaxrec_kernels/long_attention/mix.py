@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from jaxrec_kernels.attention_tile import NOBODY, dot
@@ -108,8 +107,8 @@ def _mix(
     plan = operator.plan(x)
     reach = operator.reach(plan)
     masks = masks_of(plan, ids)
-    meeting = (by_key if turned else by_query)(plan.blocks, reach)
-    call = Call(Settings(plan, factor, 0.0), masks, meeting)
+    order = (by_key if turned else by_query)(plan.blocks, reach)
+    call = Call(Settings(plan, factor, 0.0), masks, order)
     blocks = operator.blocks.astype(x.dtype)
     blocks = jnp.swapaxes(blocks, -1, -2) if turned else blocks
     call.read("x", flat(x), *call.wide(of_queries=turned))
@@ -120,25 +119,17 @@ def _mix(
     call.scratch["clean"] = pltpu.VMEM((plan.block, plan.lanes), x.dtype)
     body = partial(_mix_step, operator._replace(blocks=blocks), reach, turned)
     name = "causal_mix_turned" if turned else "causal_mix"
-    found = call.run(body, name, products=1, weights=False, interpret=interpret)
+    found = call.run(body, name, interpret)
     return found["out"].reshape(x.shape)
 
 
 def _mix_step(operator: Operator, reach: int, turned: bool, step: Step) -> None:
     refs, i, j = step.refs, step.query_block, step.key_block
-    first = i == j if turned else j == jnp.maximum(i - reach, 0)
-    last = i == jnp.minimum(j + reach, step.plan.blocks - 1) if turned else i == j
 
-    @pl.when(first)
-    def _() -> None:
+    def start() -> None:
         refs["sum"][...] = jnp.zeros_like(refs["sum"])
 
-    off_diagonal = (j < i) & step.meets() if operator.segmented else j < i
-    pl.when(off_diagonal)(partial(_add, operator, turned, step, diagonal=False))
-    pl.when(i == j)(partial(_add, operator, turned, step, diagonal=True))
-
-    @pl.when(last)
-    def _() -> None:
+    def finish() -> None:
         out = refs["sum"][...]
         if step.settings.factor != 1.0:
             out = out * _F32(step.settings.factor)
@@ -146,6 +137,26 @@ def _mix_step(operator: Operator, reach: int, turned: bool, step: Step) -> None:
             ids = step.down("key_ids" if turned else "query_ids")
             out = jnp.where(ids != NOBODY, out, _F32(0))
         refs["out"][0] = out.astype(refs["out"].dtype)
+
+    add = partial(_add, operator, turned, step)
+
+    def begin_with_own() -> None:
+        start()
+        add(diagonal=True)
+
+    def end_with_own() -> None:
+        add(diagonal=True)
+        finish()
+
+    off_diagonal = (j < i) & step.meets() if operator.segmented else j < i
+    if turned:
+        step.when(i == j, begin_with_own)
+        step.when(off_diagonal, partial(add, diagonal=False))
+        step.when(i == jnp.minimum(j + reach, step.plan.blocks - 1), finish)
+    else:
+        step.when(j == jnp.maximum(i - reach, 0), start)
+        step.when(off_diagonal, partial(add, diagonal=False))
+        step.when(i == j, end_with_own)
 
 
 def _add(operator: Operator, turned: bool, step: Step, *, diagonal: bool) -> None:
@@ -190,12 +201,12 @@ def operator_gradient(
     Above the diagonal, and beyond the band, it is anything.
     """
     plan = operator.plan(x)
-    order = ("slab", "step", "row") if operator.groups > 1 else ("step", "row", "slab")
+    axes = ("slab", "pair", "row") if operator.groups > 1 else ("pair", "row", "slab")
     call = Call(
         Settings(plan, 1.0, 0.0),
         masks_of(plan, ids),
         by_distance(plan.blocks, operator.reach(plan)),
-        order,
+        axes,
     )
     call.read("x", flat(x), *call.wide(of_queries=False))
     call.read("g", flat(g), *call.wide(of_queries=True))
@@ -204,7 +215,7 @@ def operator_gradient(
     clean = pltpu.VMEM((plan.block, plan.lanes), x.dtype)
     call.scratch |= {"clean_x": clean, "clean_g": clean}
     body = partial(_gradient_step, operator)
-    found = call.run(body, "causal_mix_gradient", products=1, weights=False, interpret=interpret)
+    found = call.run(body, "causal_mix_gradient", interpret)
     return found["out"]
 
 
@@ -217,13 +228,13 @@ def _gradient_step(operator: Operator, step: Step) -> None:
     if operator.groups == 1:
         first = first & (step.slab == 0)
 
-    @pl.when(first)
-    def _() -> None:
+    def start() -> None:
         refs["out"][...] = jnp.zeros_like(refs["out"])
 
     off_diagonal = (j < i) & step.meets() if operator.segmented else j < i
-    pl.when(off_diagonal)(partial(_add_outer, operator, step, diagonal=False))
-    pl.when(i == j)(partial(_add_outer, operator, step, diagonal=True))
+    step.when(first, start)
+    step.when(off_diagonal, partial(_add_outer, operator, step, diagonal=False))
+    step.when(i == j, partial(_add_outer, operator, step, diagonal=True))
 
 
 def _add_outer(operator: Operator, step: Step, *, diagonal: bool) -> None:

@@ -1,6 +1,9 @@
 """What is static in a call on long rows, and how it is cut."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
+
+import jax.numpy as jnp
 
 from jaxrec_kernels.positional_kernel_attention import LANES, heads_of_slab
 
@@ -58,22 +61,44 @@ def block_of(length: int) -> int:
     return -(-length // (count * LANES)) * LANES
 
 
-Pairs = list[tuple[int, int]]
+class Order(NamedTuple):
+    """How the pairs of blocks that meet are visited, `reach` blocks apart at most.
+
+    An outer block goes with some inner ones; `place` gives a pair's block of queries, its block of
+    keys, and whether there is such a pair. Where there is none, it names the nearest one, so that
+    nothing is fetched for it.
+    """
+
+    outer: int
+    inner: int
+    place: Callable[[Any, Any], tuple[Any, Any, Any]]
 
 
-def by_query(blocks: int, reach: int | None = None) -> Pairs:
-    """Blocks of queries and of keys that meet, `reach` blocks apart at most; a query's together."""
-    reach = blocks if reach is None else reach
-    return [(i, j) for i in range(blocks) for j in range(max(0, i - reach), i + 1)]
+def by_query(blocks: int, reach: int) -> Order:
+    """A query's blocks of keys together, its own as the last."""
+
+    def place(outer: Any, inner: Any) -> tuple[Any, Any, Any]:
+        key = outer - reach + inner
+        return outer, jnp.maximum(key, 0), key >= 0
+
+    return Order(blocks, reach + 1, place)
 
 
-def by_key(blocks: int, reach: int | None = None) -> Pairs:
-    """The same, a key's together, from its own block on."""
-    reach = blocks if reach is None else reach
-    return [(i, j) for j in range(blocks) for i in range(j, min(blocks, j + reach + 1))]
+def by_key(blocks: int, reach: int) -> Order:
+    """A key's blocks of queries together, its own as the first."""
+
+    def place(outer: Any, inner: Any) -> tuple[Any, Any, Any]:
+        query = outer + inner
+        return jnp.minimum(query, blocks - 1), outer, query < blocks
+
+    return Order(blocks, reach + 1, place)
 
 
-def by_distance(blocks: int, reach: int | None = None) -> Pairs:
-    """The same, those at the same distance together."""
-    reach = blocks if reach is None else reach
-    return [(i, i - d) for d in range(min(blocks, reach + 1)) for i in range(d, blocks)]
+def by_distance(blocks: int, reach: int) -> Order:
+    """Those at the same distance together."""
+
+    def place(outer: Any, inner: Any) -> tuple[Any, Any, Any]:
+        query = jnp.maximum(inner, outer)
+        return query, query - outer, inner >= outer
+
+    return Order(reach + 1, blocks, place)
