@@ -1,6 +1,6 @@
 """The benchmark of the ops, on shapes that take no time.
 
-Mutations that these tests were seen to fail for: a naive form without its mask, with the lag the
+Mutations that these tests are there to fail for: a naive form without its mask, with the lag the
 other way round, with the next event's time taken across sequences; ratios to the wrong row; rounds
 that always begin with the same way; overlapping spans of a trace counted twice; a batch that is not
 halved; rows that are written in the end only.
