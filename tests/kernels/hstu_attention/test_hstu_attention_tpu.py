@@ -3,8 +3,8 @@
 Mutations seen to fail: `<` for `<=` in the causal mask, segments not compared, candidates that see
 each other, the bias of candidates by their own distance, buckets one too large, SiLU's slope
 without its second term, the scale left out of dQ, gradients of the position table overwritten
-instead of added or one lag off, an output that a later block overwrites, the distance between
-blocks of a row measured in blocks, blocks skipped that share a segment.
+instead of added or one lag off, an output that a later block overwrites, blocks skipped that share
+a segment.
 """
 
 import functools
