@@ -157,7 +157,8 @@ CASES = {
         {"tables": "times", "dtype": jnp.bfloat16, "entries": 30},
         {"group": 2},
     ),
-    "cut": (((1, 300, 1, 8), "packed_holes"), {"entries": 60}, {"block": 128}),
+    # Blocks of two chunks.
+    "cut": (((1, 300, 1, 8), "packed_holes"), {"entries": 60}, {"block": 256}),
     "cut, heads": (
         ((2, 150, 4, 64), "plain"),
         {"tables": "positions", "candidates": [40, 3]},
@@ -223,13 +224,13 @@ def test_blocks_of_other_segments_are_not_computed():
     case, run = compiled("cut")
     masks = {
         "valid": np.ones((1, 300), bool),
-        "segment_ids": np.repeat([9, -4], [128, 172])[None].astype(np.int32),
+        "segment_ids": np.repeat([9, -4], [256, 44])[None].astype(np.int32),
     }
     together = run(**masks)
     case.check(together, **masks)
-    huge = [x.at[:, :128].multiply(1e30) for x in case.arrays[:3]]
+    huge = [x.at[:, :256].multiply(1e30) for x in case.arrays[:3]]
     alone = run(huge + case.arrays[3:], **masks)
-    np.testing.assert_array_equal(together[0][:, 128:], alone[0][:, 128:])
+    np.testing.assert_array_equal(together[0][:, 256:], alone[0][:, 256:])
 
 
 def test_vmap():
