@@ -1,7 +1,10 @@
 """The TPU kernels for long rows, interpreted with short blocks, against the op's XLA form in
 float32 and the literal float64 form.
 
-Mutations seen to fail:
+Mutations seen to fail: `<` for `<=` in the causal mask, a band that reaches a block less, the
+segment mask left out of the mix or of the operator's gradient, padding not cleaned (NaN), blocks
+that share one id not met, gradients of queries not begun at zero, dK' without the logits' factor in
+the operator's gradient, the operator not turned for dK.
 """
 
 import jax
