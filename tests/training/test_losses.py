@@ -159,6 +159,9 @@ def test_experiments(name):
     assert config.name == f"sasrec_{name}"
     assert config.loss.name == name
     make_loss(config.loss)
+    if name == "gbce":
+        optimizer = replace(base.optimizer, b2=0.98)
+        base = replace(base, optimizer=optimizer, training=replace(base.training, patience=50))
     assert replace(config, name=base.name, loss=base.loss, published=base.published) == base
     assert set(config.published) <= set(base.published)
 
