@@ -263,7 +263,8 @@ def to_dict(config: Experiment) -> dict[str, Any]:
             f"config: model must be a model's config, such as SASRecConfig(), got {config.model!r}"
         )
     try:
-        result: dict[str, Any] = msgspec.to_builtins(config)
+        # msgspec leaves out what an instance only inherits: fields that an older file has not.
+        result: dict[str, Any] = msgspec.to_builtins(dataclasses.asdict(config))
     except TypeError:
         raise UserError(f"config: {_not_plain(config)}") from None
     result["model"] = {"type": config.model.type, **result["model"]}

@@ -149,7 +149,9 @@ def test_configs_stored_before_the_options_existed_still_load():
     values = to_dict(small_config())
     values["loss"] = {"name": "full_softmax", "label_smoothing": 0.0}
     del values["model"]["normalize"]
-    assert from_dict(values, "config.json") == small_config()
+    loaded = from_dict(values, "config.json")
+    assert loaded == small_config()
+    assert to_dict(loaded) == to_dict(small_config())
 
 
 @pytest.mark.parametrize("name", ["bce", "gbce", "sampled_softmax"])
