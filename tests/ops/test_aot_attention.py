@@ -6,19 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
+from tpu_topologies import devices
 
 from jaxrec import ops
 
-pytest.importorskip("libtpu")
 # The TPU compiler takes about a minute of one core for a program of several fused products.
 pytestmark = pytest.mark.slow
-
-
-@functools.cache
-def devices(name):
-    return topologies.get_topology_desc(platform="tpu", topology_name=f"{name}:2x2").devices
 
 
 def spec(sharding, *shape, dtype=jnp.float32):

@@ -1,29 +1,21 @@
 """Catalogue ops compiled ahead of time for TPU v5e: do they compile, and what do they hold."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import optax
 import pytest
-from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
+from tpu_topologies import devices
 
 from jaxrec import ops
 
-pytest.importorskip("libtpu")
 pytestmark = pytest.mark.slow
 
 POSITIONS, WIDTH = 25_600, 64
 
 
-@functools.cache
-def device():
-    return topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices[0]
-
-
 def spec(*shape, dtype=jnp.float32):
-    return jax.ShapeDtypeStruct(shape, dtype, sharding=SingleDeviceSharding(device()))
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=SingleDeviceSharding(devices("v5e")[0]))
 
 
 def temporaries(f, *specs):

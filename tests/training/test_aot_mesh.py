@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from jax.experimental import topologies
 from jax.sharding import Mesh
+from tpu_topologies import devices
 
 from jaxrec.devices import BY_SEQUENCE, EVERYWHERE, Placement
 from jaxrec.losses.catalogue import full_softmax
@@ -16,7 +16,6 @@ from jaxrec.training.config import OptimizerConfig
 from jaxrec.training.optimizer import make_optimizer
 from jaxrec.training.state import initial_state, make_train_step, sequence_loss
 
-pytest.importorskip("libtpu")
 pytestmark = pytest.mark.slow
 
 ITEMS, WIDTH, LENGTH, ROWS, EVENTS = 10_000_001, 64, 50, 128, 4096
@@ -28,8 +27,7 @@ def test_ten_million_items_fit_on_four_chips():
 
     The table and its two moments alone are 7.7 GB; the logits of a batch would be 164 GB.
     """
-    chips = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices
-    mesh = Mesh(np.array(chips).reshape(2, 2), ("data", "model"))
+    mesh = Mesh(np.array(devices("v5e")).reshape(2, 2), ("data", "model"))
     config = SASRecConfig(width=WIDTH, blocks=1, dropout=0.2, dtype="bfloat16")
     model = nnx.eval_shape(lambda: build_model(config, num_items=ITEMS, max_length=LENGTH, seed=0))
     shapes, bind = split_model(model)

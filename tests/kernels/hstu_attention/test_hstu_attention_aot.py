@@ -1,23 +1,14 @@
 """The kernels of HSTU's attention compiled ahead of time for TPUs."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
+from tpu_topologies import devices
 
 from jaxrec import ops
 from jaxrec_kernels.shapes import ATTENTION
-
-pytest.importorskip("libtpu")
-
-
-@functools.cache
-def devices(name):
-    return topologies.get_topology_desc(platform="tpu", topology_name=f"{name}:2x2").devices
 
 
 def gradients(q, k, v, positions, times, seconds, ids):

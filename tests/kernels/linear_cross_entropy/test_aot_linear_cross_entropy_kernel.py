@@ -8,14 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from tpu_topologies import devices
 
 from benchmarks.chips import CHIPS
 from jaxrec import ops
 from jaxrec_kernels.shapes import CATALOGUE
 
-pytest.importorskip("libtpu")
 pytestmark = pytest.mark.slow
 
 SHAPE = CATALOGUE["v100k"]
@@ -83,8 +82,7 @@ def test_kernels_fit_and_leave_no_units_idle(chip):
 
 def test_a_table_on_four_chips():
     """Two shards of items for each of two shards of positions; the last shard is filled up."""
-    devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices
-    mesh = Mesh(np.array(devices).reshape(2, 2), ("data", "model"))
+    mesh = Mesh(np.array(devices("v5e")).reshape(2, 2), ("data", "model"))
     rows, split, whole = PartitionSpec("data"), PartitionSpec("model"), PartitionSpec()
 
     def part(hidden, table, bias, labels, valid):

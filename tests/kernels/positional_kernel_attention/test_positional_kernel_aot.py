@@ -1,22 +1,13 @@
 """The kernel of positional kernel attention compiled ahead of time for TPUs."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
+from tpu_topologies import devices
 
 from jaxrec import ops
-
-pytest.importorskip("libtpu")
-
-
-@functools.cache
-def devices(name):
-    return topologies.get_topology_desc(platform="tpu", topology_name=f"{name}:2x2").devices
 
 
 def gradients(q, k, v, u, w, ids=None):
