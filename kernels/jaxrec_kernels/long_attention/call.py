@@ -252,7 +252,8 @@ class Step:
 
         It sees through a condition that it can prove, and joins what has the same one.
         """
-        pl.when(self.row < self.plan.batch + number)(run)
+        place = self.row + self.slab + self.key_block
+        pl.when(place < self.plan.batch + self.plan.slabs + self.plan.blocks + number)(run)
 
 
 def tiles(first: int, stop: int) -> list[slice]:
