@@ -4,10 +4,10 @@
 
 All but the loss, `b2` and `patience` is as in `sasrec.py`: width 64, and one item table where
 gSASRec's own runs have width 128 and a second table for scores. At first the gradients of 256
-negatives are hundreds of times those of later; Adam's usual memory of a thousand steps would not
-let the step size recover from them before training is stopped, so that `b2` is 0.98. Even so a
-model first knows no more than what is popular, for thousands of steps; it is given 50 validations
-to get better.
+negatives are hundreds of times those of later (seen on ML-1M), which Adam's usual `b2` of 0.999
+remembers for thousands of steps, so it is 0.98. With either, runs on ML-1M had learned no more than
+what is popular when 10 validations had passed without improvement or nearly so; they are given 50.
+That this is enough has not been seen yet.
 """
 
 from dataclasses import replace
