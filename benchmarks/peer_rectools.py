@@ -15,7 +15,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -27,6 +27,7 @@ from benchmarks.peers.comparison import compare, table
 from benchmarks.peers.environment import default_folder, prepare_environment
 from benchmarks.peers.interactions import write_interactions
 from benchmarks.peers.task import Task, describe_machine
+from jaxrec.cli.huge_pages import environment_for_huge_pages
 from jaxrec.errors import UserError
 from jaxrec.training.config import DataConfig
 from jaxrec.training.setup import open_data
@@ -63,6 +64,8 @@ class Arguments:
     """Folder of RecTools' virtual environment; none for one in the cache."""
     torch_index: str | None = None
     """Package index to install PyTorch from, such as the one with CPU builds; none for pip's."""
+    peer_huge_pages: bool = False
+    """Give RecTools' process memory in huge pages, as `jaxrec train` gives it to itself."""
     skip_peer: Path | None = None
     """Take RecTools' figures from this results file instead of measuring them again."""
     json: Path | None = None
@@ -96,14 +99,25 @@ def limited_to(cores: int) -> Iterator[None]:
         os.sched_setaffinity(0, before)
 
 
-def run_side(python: str | Path, module: str, task: Task, folder: Path) -> dict[str, Any]:
+def run_side(
+    python: str | Path,
+    module: str,
+    task: Task,
+    folder: Path,
+    given_environment: Mapping[str, str] = os.environ,
+) -> dict[str, Any]:
     """Runs one side in a process of its own; returns its figures, the load before it among them."""
     load = os.getloadavg()
     print(f"{module.rpartition('.')[2]}: load average before {load[0]:.2f}", flush=True)
     given, result = folder / "task.json", folder / f"{module}.json"
     task.save(given)
     threads = {name: str(task.threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
-    environment = {**os.environ, **threads, "JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+    environment = {
+        **given_environment,
+        **threads,
+        "JAX_PLATFORMS": "cpu",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
     command = [str(python), "-m", module, str(given), str(result)]
     with limited_to(task.threads):
         done = subprocess.run(
@@ -163,7 +177,10 @@ def measure(arguments: Arguments) -> dict[str, Any]:
         python = None if kept else peer_python(arguments)
         own_task = replace(task, epochs=arguments.own_epochs)
         ours = run_side(sys.executable, "benchmarks.peers.jaxrec_sasrec", own_task, folder)
-        peer = kept or run_side(python, "benchmarks.peers.rectools_sasrec", task, folder)
+        huge = environment_for_huge_pages(os.environ) if arguments.peer_huge_pages else None
+        peer = kept or run_side(
+            python, "benchmarks.peers.rectools_sasrec", task, folder, huge or os.environ
+        )
     return {
         "benchmark": "peer_rectools",
         "data": data,

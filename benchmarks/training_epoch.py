@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
+from jaxrec.cli.huge_pages import restart_with_huge_pages
 from jaxrec.data.batches import TrainingBatches
 from jaxrec.data.prepared import open_prepared
 from jaxrec.data.splits import leave_one_out
@@ -196,4 +197,6 @@ def main(arguments: Arguments) -> int:
 
 
 if __name__ == "__main__":
+    # As `jaxrec train` does.
+    restart_with_huge_pages()
     sys.exit(main(tyro.cli(Arguments)))

@@ -35,6 +35,7 @@ from experiments.positions.comparison import Outcome, summarize
 from experiments.positions.section import table
 from experiments.positions.taps import draw_taps, read_taps
 from jaxrec._json_files import write_json
+from jaxrec.cli.huge_pages import restart_with_huge_pages
 from jaxrec.errors import UserError
 from jaxrec.serving.run import Run
 from jaxrec.training.config import Experiment, check, load_config
@@ -246,4 +247,5 @@ def main(arguments: Arguments) -> int:
 
 
 if __name__ == "__main__":
+    restart_with_huge_pages()
     sys.exit(main(tyro.cli(Arguments)))

@@ -1,8 +1,8 @@
 """jaxrec's side: `python -m benchmarks.peers.jaxrec_sasrec TASK RESULT`.
 
 An epoch is timed from the first batch asked for to the end of the last step, with the batches made
-as in `jaxrec train`; the first step, which compiles, is timed apart. A ranking is timed from event
-ranges on the host to lists on the host, making the batches included.
+and memory taken as in `jaxrec train`; the first step, which compiles, is timed apart. A ranking is
+timed from event ranges on the host to lists on the host, making the batches included.
 """
 
 import sys
@@ -21,6 +21,7 @@ from benchmarks.peers.task import (
     versions_of,
     write_result,
 )
+from jaxrec.cli.huge_pages import restart_with_huge_pages
 from jaxrec.data.batches import TrainingBatches
 from jaxrec.data.pipeline import training_iterator
 from jaxrec.evaluation.ranker import Contexts, Ranker
@@ -123,4 +124,5 @@ def _rank(
 
 
 if __name__ == "__main__":
+    restart_with_huge_pages()
     write_result(sys.argv[2], measure(load_task(sys.argv[1])))

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
+from jaxrec.cli.huge_pages import restart_with_huge_pages
 from jaxrec.errors import UserError
 from jaxrec.training.interrupt import Interrupted
 
@@ -26,6 +27,16 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "export": ("jaxrec.cli.export:main", "Export a run to serve without the model's code."),
     "show": ("jaxrec.cli.show:main", "Curves and metrics of a run."),
 }
+
+# Those that compute for longer than a second process start takes.
+_HEAVY = ("quickstart", "train", "evaluate", "recommend")
+
+
+def console() -> int:
+    """`main` for a process of its own, which may start itself once more."""
+    if set(sys.argv[1:2]) & set(_HEAVY):
+        restart_with_huge_pages()
+    return main()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -91,4 +102,4 @@ def _print_help() -> None:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(console())
