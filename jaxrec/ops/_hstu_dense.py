@@ -1,9 +1,9 @@
 """Pointwise attention for short sequences, in the row blocks of the dense softmax form.
 
-The bias is the same for all heads and is formed once, `[batch, length, length]`.
+The bias is the same for all heads; it is formed block by block, `[batch, rows, keys]`.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -14,16 +14,30 @@ from jaxrec.ops._attention_dense import dot, heads_first, row_blocks, sum_over_q
 from jaxrec.ops._checks import statistics_dtype
 
 
-def _sides(inputs: Any) -> tuple[_tile.Events, _tile.Events]:
-    index = jnp.arange(inputs.query.shape[1])
-    shared = (index, inputs.valid, inputs.segment_ids, inputs.candidates)
-    return (
-        _tile.Events(*shared, inputs.query_times),
-        _tile.Events(*shared, inputs.key_times),
+class _Block(NamedTuple):
+    """Some rows of queries against all keys before their end: what describes the pairs."""
+
+    rows: _tile.Events
+    cols: _tile.Events
+    biases: _tile.Biases
+
+
+def _block(inputs: Any, biases: _tile.Biases, start: int, end: int) -> _Block:
+    def side(first: int, times: Array | None) -> _tile.Events:
+        per_event = (inputs.valid, inputs.segment_ids, inputs.candidates, times)
+        cut = (None if x is None else x[:, first:end] for x in per_event)
+        return _tile.Events(jnp.arange(first, end), *cut)
+
+    here = _tile.Biases(
+        None if biases.distance is None else biases.distance[:, start:end, :end],
+        None if biases.candidate is None else biases.candidate[:, :end],
+        biases.time,
     )
+    return _Block(side(start, inputs.query_times), side(0, inputs.key_times), here)
 
 
 def _biases(inputs: Any) -> _tile.Biases:
+    """Of the whole square, but for the time bias: of that, the table."""
     stat = statistics_dtype(inputs.query.dtype)
     distance, candidate, time = (
         None if x is None else x.astype(stat)
@@ -33,20 +47,15 @@ def _biases(inputs: Any) -> _tile.Biases:
     return _tile.Biases(distance, candidate, time)
 
 
-def _slice(x: Array | None, start: int, end: int) -> Array | None:
-    return None if x is None else x[:, start:end, :end]
-
-
 def forward(options: Any, inputs: Any) -> Float[Array, "batch length heads value_dim"]:
     q, k, v = map(heads_first, (inputs.query, inputs.key, inputs.value))
-    rows, cols = _sides(inputs)
-    bias = _tile.bias(_biases(inputs), rows, cols)
-    seen = _tile.mask(rows, cols)
+    biases = _biases(inputs)
     outs = []
     for start, end in row_blocks(q.shape[2]):
+        rows, cols, here = _block(inputs, biases, start, end)
         products = dot("bhid,bhjd->bhij", q[:, :, start:end], k[:, :, :end])
-        scores = _tile.scores(products, options.scale, _slice(bias, start, end))
-        weights = _tile.weights(scores, seen[:, start:end, :end])
+        scores = _tile.scores(products, options.scale, _tile.bias(here, rows, cols))
+        weights = _tile.weights(scores, _tile.mask(rows, cols))
         outs.append(dot("bhij,bhje->bhie", weights.astype(v.dtype), v[:, :, :end]))
     out = jnp.concatenate(outs, axis=2) / options.normalizer
     return heads_first(out).astype(v.dtype)
@@ -58,25 +67,22 @@ def backward(
     q, k, v, g = map(heads_first, (inputs.query, inputs.key, inputs.value, d_out))
     stat = statistics_dtype(q.dtype)
     length = q.shape[2]
-    rows, cols = _sides(inputs)
     biases = _biases(inputs)
-    bias = _tile.bias(biases, rows, cols)
-    seen = _tile.mask(rows, cols)
     d_query: list[Array] = []
     d_key: list[Array] = []
     d_value: list[Array] = []
-    d_bias: list[Array] = []
+    d_biases: list[_tile.Biases] = []
     blocks = row_blocks(length)
     for start, end in blocks:
         q_rows, g_rows = q[:, :, start:end], g[:, :, start:end]
-        seen_here = seen[:, start:end, :end]
+        rows, cols, here = _block(inputs, biases, start, end)
+        seen = _tile.mask(rows, cols)
         products = dot("bhid,bhjd->bhij", q_rows, k[:, :, :end])
-        scores = _tile.scores(products, options.scale, _slice(bias, start, end))
-        weights = _tile.weights(scores, seen_here)
+        scores = _tile.scores(products, options.scale, _tile.bias(here, rows, cols))
+        weights = _tile.weights(scores, seen)
         d_weights = dot("bhie,bhje->bhij", g_rows, v[:, :, :end]).astype(stat)
-        d_scores = _tile.weights_gradient(scores, seen_here, d_weights)
-        if bias is not None:
-            d_bias.append(jnp.pad(d_scores.sum(1), ((0, 0), (0, 0), (0, length - end))))
+        d_scores = _tile.weights_gradient(scores, seen, d_weights)
+        d_biases.append(_padded(_tile.bias_gradient(here, rows, cols, d_scores.sum(1)), length))
         d_scores = d_scores.astype(q.dtype)
         d_query.append(dot("bhij,bhjd->bhid", d_scores, k[:, :, :end]))
         d_key.append(dot("bhij,bhid->bhjd", d_scores, q_rows))
@@ -86,10 +92,23 @@ def backward(
     dk = sum_over_queries(blocks, d_key) * factor
     dv = sum_over_queries(blocks, d_value) / options.normalizer
     dq, dk, dv = (heads_first(d).astype(x.dtype) for d, x in ((dq, q), (dk, k), (dv, v)))
-    d_distance = d_candidate = d_time = None
-    if bias is not None:
-        d_rows = jnp.concatenate(d_bias, axis=1) / options.normalizer
-        d_distance, d_candidate, d_time = _tile.bias_gradient(biases, rows, cols, d_rows)
-    if d_distance is not None:
-        d_distance = _distance.square_gradient(d_distance)
-    return (dq, dk, dv), (d_distance, d_candidate, d_time)
+    d_distance, d_candidate, d_time = (
+        None if parts[0] is None else parts for parts in zip(*d_biases, strict=True)
+    )
+    return (dq, dk, dv), (
+        d_distance
+        and _distance.square_gradient(jnp.concatenate(d_distance, axis=1)) / options.normalizer,
+        d_candidate and sum(d_candidate) / options.normalizer,
+        d_time and sum(d_time) / options.normalizer,
+    )
+
+
+def _padded(d_biases: _tile.Biases, length: int) -> _tile.Biases:
+    """With zeros for the keys behind a block's end."""
+
+    def pad(x: Array | None) -> Array | None:
+        if x is None:
+            return None
+        return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, length - x.shape[-1])])
+
+    return _tile.Biases(pad(d_biases.distance), pad(d_biases.candidate), d_biases.time)

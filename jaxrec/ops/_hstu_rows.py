@@ -7,6 +7,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from jaxrec.ops._checks import check_float, check_rank
+from jaxrec.ops._dispatch import platform_switch
 
 
 class Rows(NamedTuple):
@@ -106,10 +107,33 @@ def next_times(
     valid: Bool[Array, "batch length"] | None,
     segment_ids: Int[Array, "batch length"] | None,
 ) -> Int[Array, "batch length"]:
-    """Time of the next valid event of the segment; where there is none, the event's own.
+    """Time of the next valid event of the segment; where there is none, the event's own."""
+    return platform_switch(_by_doubling, {"cpu": _by_gather}, times, valid, segment_ids)
 
-    By doubling steps: what stands one slot behind, or else two, or else four. A gather would take a
-    TPU longer than the attention itself.
+
+def _by_gather(times: Array, valid: Array | None, segment_ids: Array | None) -> Array:
+    """Ends in a gather: XLA repeats cheaper operations on a CPU for every pair of events."""
+    length = times.shape[1]
+    slots = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), times.shape)
+    following = slots if valid is None else jnp.where(valid, slots, length)
+    following = lax.cummin(following, axis=1, reverse=True)[:, 1:]
+    following = jnp.pad(following, ((0, 0), (0, 1)), constant_values=length)
+    found, ahead = following < length, jnp.minimum(following, length - 1)
+    if segment_ids is not None:
+        found = found & (_at(segment_ids, ahead) == segment_ids)
+    return _at(times, jnp.where(found, ahead, slots))
+
+
+def _at(x: Array, slots: Array) -> Array:
+    """x[b, slots[b, i]]."""
+    rows = jnp.arange(x.shape[0], dtype=slots.dtype)[:, None]
+    return x.at[rows, slots].get(mode="promise_in_bounds", wrap_negative_indices=False)
+
+
+def _by_doubling(times: Array, valid: Array | None, segment_ids: Array | None) -> Array:
+    """What stands one slot behind, or else two, or else four.
+
+    A gather would take a TPU longer than the attention itself.
     """
     length = times.shape[1]
     carried = [times] if segment_ids is None else [times, segment_ids]
