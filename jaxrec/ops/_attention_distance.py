@@ -1,7 +1,7 @@
 """The bias `bias[i - j]` on logits, as one square or tile by tile, and its gradient.
 
 Both forms read it from values for the lags `1 - n` to `n - 1`, of which a square is a Toeplitz
-matrix; the gradient is sums along diagonals, without scatter. The negative lags hold
+matrix; the gradient is sums along diagonals, without gather or scatter. The negative lags hold
 zeros, which nobody sees through the causal mask.
 """
 
@@ -10,26 +10,11 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from jaxrec.ops._attention_mix_tables import taps_table, toeplitz
-from jaxrec.ops._dispatch import platform_switch
 
 
 def square(bias: Float[Array, "groups length"]) -> Float[Array, "groups length length"]:
     """`out[i, j] = bias[i - j]`, zero above the diagonal."""
-    return platform_switch(_square_by_strides, {"cpu": _square_by_gather}, bias)
-
-
-def _square_by_strides(bias: Array) -> Array:
     return taps_table(bias, bias.shape[1])
-
-
-def _square_by_gather(bias: Array) -> Array:
-    """Written down once on a CPU, where XLA computes changes of shape anew for every batch row."""
-    length = bias.shape[1]
-    slots = jnp.arange(length)
-    lags = slots[:, None] - slots[None]
-    with_zero = jnp.pad(bias, ((0, 0), (0, 1)))
-    index = jnp.where(lags < 0, length, lags)
-    return with_zero.at[:, index].get(mode="promise_in_bounds", wrap_negative_indices=False)
 
 
 def square_gradient(

@@ -8,12 +8,17 @@ gradient of the matrix by transposition.
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxrec.ops._dispatch import platform_switch
+
 
 def toeplitz(values: Float[Array, "*lead both"]) -> Float[Array, "*lead size size"]:
-    """`out[r, c] = values[size - 1 + r - c]`, for `2 * size - 1` values.
+    """`out[r, c] = values[size - 1 + r - c]`, for `2 * size - 1` values."""
+    return platform_switch(_by_strides, {"cpu": _by_gather}, values)
 
-    A row is the row above moved by one, so a repeated vector of length `2 * size`, read with a row
-    stride one shorter, is the whole matrix: no gather, and no scatter in its transpose.
+
+def _by_strides(values: Array) -> Array:
+    """A row is the row above moved by one, so a repeated vector of length `2 * size`, read with a
+    row stride one shorter, is the whole matrix: no gather, and no scatter in its transpose.
     """
     size = (values.shape[-1] + 1) // 2
     lead = values.shape[:-1]
@@ -21,6 +26,14 @@ def toeplitz(values: Float[Array, "*lead both"]) -> Float[Array, "*lead size siz
     flat = jnp.broadcast_to(row[..., None, :], (*lead, size, 2 * size)).reshape(*lead, -1)
     stop = size - 1 + size * (2 * size - 1)
     return flat[..., size - 1 : stop].reshape(*lead, size, -1)[..., :size]
+
+
+def _by_gather(values: Array) -> Array:
+    """On a CPU XLA would do the changes of shape anew for every batch row that is masked; what a
+    gather gives is written down once."""
+    size = (values.shape[-1] + 1) // 2
+    index = size - 1 + jnp.arange(size)[:, None] - jnp.arange(size)[None]
+    return values.at[..., index].get(mode="promise_in_bounds", wrap_negative_indices=False)
 
 
 def _causal_values(taps: Float[Array, "groups width"], length: int) -> Array:
