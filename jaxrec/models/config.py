@@ -77,6 +77,8 @@ class TransformerConfig(ModelConfig):
     """RoPE: the slowest pair turns once in about 2 pi times this many events."""
     scale_embedding: bool = True
     """Multiply item vectors by sqrt(width) at the input."""
+    untied: bool = False
+    """Score with a second table of item vectors instead of the one at the input."""
     norm_epsilon: float = 1e-8
     normalize: bool = False
     """States and item vectors are scaled to length 1 before they are multiplied, so that scores are
@@ -222,6 +224,8 @@ class HSTUConfig(ModelConfig):
     temperature)."""
     scale_embedding: bool = True
     """Multiply item vectors by sqrt(width) at the input."""
+    untied: bool = False
+    """Score with a second table of item vectors instead of the one at the input."""
     norm_epsilon: float = 1e-6
     init_scale: float = 0.02
     """Standard deviation of the normal initialisation."""

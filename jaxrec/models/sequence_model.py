@@ -19,8 +19,8 @@ class SequenceModel(nnx.Module):
     `timestamps` too if its config says that it reads them.
 
     Args:
-      config: names and numbers; `width`, `init_scale`, `scale_embedding`, `dropout`, `position`,
-        `normalize` and `dtype` are read here.
+      config: names and numbers; `width`, `init_scale`, `scale_embedding`, `untied`, `dropout`,
+        `position`, `normalize` and `dtype` are read here.
       num_items: rows of the item table.
       max_length: longest sequence.
       rngs: initialises the parameters.
@@ -32,7 +32,7 @@ class SequenceModel(nnx.Module):
     """
 
     # Parameters whose rows are items.
-    by_item: ClassVar[tuple[str, ...]] = ("item_embedding",)
+    by_item: ClassVar[tuple[str, ...]] = ("item_embedding", "output_embedding")
 
     def __init__(self, config: Any, *, num_items: int, max_length: int, rngs: nnx.Rngs) -> None:
         def table(rows: int) -> nnx.Param:
@@ -45,6 +45,8 @@ class SequenceModel(nnx.Module):
         self.item_axis: str | None = None
         self.item_embedding = table(num_items)
         self.position_embedding = table(max_length) if "additive" in config.position else None
+        # Last, so that a model without it starts from the same numbers.
+        self.output_embedding = table(num_items) if config.untied else None
 
     def embed(
         self,
@@ -85,7 +87,8 @@ class SequenceModel(nnx.Module):
 
     def item_table(self) -> Float[Array, "items width"]:
         """The vectors that states are scored against, in the activations' dtype."""
-        table = self.item_embedding[...]
+        output = self.output_embedding
+        table = (self.item_embedding if output is None else output)[...]
         table = unit_rows(table) if self.config.normalize else table
         return table.astype(activation_dtype(self.config.dtype))
 

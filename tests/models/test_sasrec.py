@@ -42,6 +42,7 @@ VARIANTS = {
     "rope": {"position": "rope", "heads": 2, "rope_base": 30.0},
     "rope, from the newest": {"position": "rope", "position_order": "newest"},
     "normalized": {"normalize": True},
+    "untied": {"untied": True},
     "toeplitz": kernel(),
     "toeplitz, band": kernel(band=3),
     "toeplitz, two heads": {"heads": 2, **kernel()},

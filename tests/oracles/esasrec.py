@@ -62,4 +62,5 @@ def hidden(parameters, items, config):
 
 
 def item_table(parameters, config):
-    return np.asarray(parameters["item_embedding"], np.float64)
+    table = parameters.get("output_embedding", parameters["item_embedding"])
+    return np.asarray(table, np.float64)

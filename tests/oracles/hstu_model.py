@@ -74,5 +74,6 @@ def hidden(parameters, items, times, config, max_length):
 
 
 def item_table(parameters, config):
-    table = np.asarray(parameters["item_embedding"], np.float64)
+    table = parameters.get("output_embedding", parameters["item_embedding"])
+    table = np.asarray(table, np.float64)
     return unit(table) if config.normalize else table

@@ -160,7 +160,8 @@ def mean_loss(parameters, sequences, config):
       sequences: item indices with one more event than is read, which is a target only.
     """
     losses = []
-    table = np.asarray(parameters["item_embedding"], np.float64)
+    table = parameters.get("output_embedding", parameters["item_embedding"])
+    table = np.asarray(table, np.float64)
     table = unit(table) if config.normalize else table
     for sequence in sequences:
         states = hidden(parameters, sequence[:-1], config)
