@@ -21,6 +21,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from benchmarks.chips import chip_named
 from benchmarks.schedule import NoScheduleError, Schedule, compile_and_measure
 from benchmarks.tpu_cases import Case, kernel_missing, program
 from jaxrec_kernels import tuning
@@ -36,7 +37,8 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
         return {"missing": reason}
     f, specs = program(case, dtype, spec["implementation"])
     try:
-        with cut_as(case, dtype, spec.get("blocks")):
+        kind = chip_named(spec["chip"]).device_kinds[0]
+        with cut_as(case, dtype, spec.get("blocks")), tuning.compiling_for(kind):
             found = compile_and_measure(f, specs, spec["chip"])
     except NoScheduleError as error:
         return {"error": str(error)}

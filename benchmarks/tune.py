@@ -38,7 +38,6 @@ from jaxrec_kernels.tuning import table
 from jaxrec_kernels.tuning.lookup import Lookup
 
 FOLDER = Path(table.__file__).parent
-KINDS = {"v5e": ["TPU v5 lite", "TPU v5e"], "v6e": ["TPU v6 lite", "TPU v6e"]}
 
 
 @dataclass(frozen=True)
@@ -158,7 +157,7 @@ def merged(old: dict[str, Any] | None, chip: str, entries: list[dict[str, Any]])
     known |= {key(entry): entry for entry in entries}
     return {
         "chip": chip,
-        "device_kinds": KINDS[chip],
+        "device_kinds": list(CHIPS[chip].device_kinds),
         "entries": [known[k] for k in sorted(known)],
     }
 
@@ -176,11 +175,11 @@ def check(arguments: Arguments) -> None:
     if arguments.most < 1:
         raise UserError(f"--most {arguments.most}: must be at least 1")
     if arguments.clock == "device":
-        kind = jax.devices()[0].device_kind
-        if kind not in KINDS[arguments.chip]:
+        kind, wanted = jax.devices()[0].device_kind, CHIPS[arguments.chip].device_kinds
+        if kind not in wanted:
             raise UserError(
-                f"--clock device: the device at hand is {kind!r}, not one of "
-                f"{', '.join(KINDS[arguments.chip])}; use --clock schedule"
+                f"--clock device: the device at hand is {kind!r}, not one of {', '.join(wanted)}; "
+                "use --clock schedule"
             )
 
 

@@ -178,8 +178,9 @@ def supports(width: int, dtype: Any, precision: str | None) -> str | None:
 def slower(positions: int, items: int) -> str | None:
     """Why XLA's form would take less time than the kernels, or None if it would not.
 
-    By the schedules for v5e with width 64: below 128 positions XLA's form needs a half of the
-    cycles and less, of 3,416 items as of 100,000; of 3,416 also with 512 positions.
+    By the schedules for v5e with width 64, kernel / XLA: at 8 to 64 positions 2.5 to 9.4 with 3,416
+    items and 1.4 to 3.1 with 100,000, but 0.9 for the gradient of the losses one by one; at 512
+    positions and 3,416 items 1.3 and 1.5 with a gradient, at 1,024 0.9.
     """
     if positions < _FEWEST_POSITIONS:
         return f"the kernel is slower than XLA's form below {_FEWEST_POSITIONS} positions"
