@@ -10,8 +10,9 @@ import pytest
 from attention_cases import close
 
 from jaxrec.ops import _hstu_core, _time_buckets
-from jaxrec_kernels import shapes
+from jaxrec_kernels import shapes, tuning
 from jaxrec_kernels.hstu_attention import plan
+from jaxrec_kernels.hstu_attention import tpu as hstu_tpu
 from jaxrec_kernels.linear_cross_entropy import tiling, tpu_backward, tpu_forward
 from jaxrec_kernels.long_attention import plan as long_plan
 from jaxrec_kernels.positional_kernel_attention import spec
@@ -32,6 +33,12 @@ ALL = [
     for chip, entry in entries()
 ]
 WITH_BLOCKS = [x for x in ALL if x.values[0]["blocks"] is not None]
+# As an entry could be: of kernels that the tables have no blocks for.
+COULD_BE = {
+    "kernel": plan.FORWARD,
+    "call": {"length": 20, "heads": 1, "head_dim": 16},
+    "blocks": {"block": 20, "sequences": 4, "together": 2, "group": 1},
+}
 
 
 def call_and_fit(entry):
@@ -80,7 +87,7 @@ def arrays(*shapes_):
 
 
 def catalogue(kernel, blocks):
-    positions, items, width = 200, blocks["items"] + 90, 16
+    positions, items, width = 100, blocks["items"] + 90, 8
     hidden, rows, gain = arrays((positions, width), (items, width), (positions,))
     labels = jnp.arange(positions, dtype=jnp.int32) * 7 % items
     found = tiling.Blocks(**blocks)
@@ -101,7 +108,8 @@ def hstu(kernel, entry):
     query, key, value, d_out = arrays(*[shape] * 4)
     distance, times = arrays((1, length), (129,))
     seconds = jnp.cumsum(jnp.arange(batch * length, dtype=jnp.int32).reshape(batch, length), 1)
-    ids = jnp.where(jnp.arange(length) < length // 3, 1, 2) * jnp.ones((batch, 1), jnp.int32)
+    ids = jnp.where(jnp.arange(length) < length // 3, 1, 2).astype(jnp.int32)
+    ids = jnp.broadcast_to(ids, (batch, length))
     inputs = _hstu_core.Inputs(
         query, key, value, distance, None, times, None, ids, None, seconds, seconds
     )
@@ -154,7 +162,7 @@ def whole_rows(kernel, entry):
     return run, True
 
 
-@pytest.mark.parametrize("entry", WITH_BLOCKS)
+@pytest.mark.parametrize("entry", [*WITH_BLOCKS, pytest.param(COULD_BE, id="hstu")])
 def test_blocks_of_an_entry_change_no_value(entry):
     kernel = entry["kernel"]
     if kernel.startswith("linear_cross_entropy"):
