@@ -114,7 +114,7 @@ def kernel_missing(case: Case, dtype: Any, platform: str = "tpu") -> str | None:
     forward = program(case._replace(backward=False), dtype, None)
     with recorded() as decisions:
         jax.eval_shape(forward.function, *forward.specs)
-    choice, platforms = next(d for d in decisions if d.choice.op == case.op)
+    choice, platforms, _ = next(d for d in decisions if d.choice.op == case.op)
     if choice.implementation != "pallas":
         return choice.reason
     return None if platform in platforms else f"the kernel is for {', '.join(platforms)}"

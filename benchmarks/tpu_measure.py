@@ -3,18 +3,30 @@
     python -m benchmarks.tpu_measure '{"op": "linear_cross_entropy", "shape": "v3k",
         "backward": true, "dtype": "bfloat16", "implementation": "xla", "chip": "v5e"}'
 
+`"blocks": {"linear_cross_entropy_forward": {"positions": 512, ...}}` has kernels cut their calls
+so, instead of as their tuning table or their rule says.
+
+With `-` instead, such objects are read from the standard input, one a line, and answered in turn.
+
 The last line printed is a JSON object: the figures; or `missing`, why there is no kernel for it; or
 `error`, why there are no figures.
 """
 
 import json
 import sys
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
+from benchmarks.chips import chip_named
 from benchmarks.schedule import NoScheduleError, Schedule, compile_and_measure
 from benchmarks.tpu_cases import Case, kernel_missing, program
+from jaxrec_kernels import tuning
+from jaxrec_kernels.tuning.lookup import Lookup
+from jaxrec_kernels.tuning.table import Sizes, Table
 
 
 def measure(spec: dict[str, Any]) -> dict[str, Any]:
@@ -25,10 +37,39 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
         return {"missing": reason}
     f, specs = program(case, dtype, spec["implementation"])
     try:
-        found = compile_and_measure(f, specs, spec["chip"])
+        kind = chip_named(spec["chip"]).device_kinds[0]
+        with cut_as(case, dtype, spec.get("blocks")), tuning.compiling_for(kind):
+            found = compile_and_measure(f, specs, spec["chip"])
     except NoScheduleError as error:
         return {"error": str(error)}
     return figures(found)
+
+
+def lookups(case: Case, dtype: Any) -> list[Lookup]:
+    """What the kernels of a case look up, each once; their answers are those of their rules."""
+    f, specs = program(case, dtype, "pallas")
+    with tuning.using(Table("none", (), {})), tuning.looked_up() as found:
+        jax.eval_shape(f, *specs)
+    # What was traced with these blocks holds for no others.
+    jax.clear_caches()
+    return list({lookup.kernel: lookup for lookup in found}.values())
+
+
+def cut_as(
+    case: Case, dtype: Any, blocks: Mapping[str, Sizes] | None
+) -> AbstractContextManager[None]:
+    """Inside, the case's kernels have these blocks, by their names; the others those of the rule.
+
+    None: those of the table, where it has some.
+    """
+    if blocks is None:
+        return nullcontext()
+    entries = {
+        (lookup.kernel, frozenset(lookup.call.items())): blocks[lookup.kernel]
+        for lookup in lookups(case, dtype)
+        if lookup.kernel in blocks
+    }
+    return tuning.using(Table("these", (), entries))
 
 
 def figures(found: Schedule) -> dict[str, Any]:
@@ -57,5 +98,19 @@ def figures(found: Schedule) -> dict[str, Any]:
     }
 
 
+def serve() -> None:
+    """A line of figures for each line of `sys.stdin`; whatever a case fails with is its `error`."""
+    for line in sys.stdin:
+        try:
+            found = measure(json.loads(line))
+        except Exception as error:
+            said = str(error).strip().splitlines()
+            found = {"error": f"{type(error).__name__}: {said[0] if said else ''}"[:300]}
+        print(json.dumps(found), flush=True)
+
+
 if __name__ == "__main__":
-    print(json.dumps(measure(json.loads(sys.argv[1]))))
+    if sys.argv[1] == "-":
+        serve()
+    else:
+        print(json.dumps(measure(json.loads(sys.argv[1]))))

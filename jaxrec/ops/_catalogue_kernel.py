@@ -27,6 +27,19 @@ def unsupported(hidden: Any) -> str | None:
     return reason or _manual_axes.not_manual()
 
 
+def slower(positions: int, items: int) -> str | None:
+    """Why XLA's form takes less time than the kernels, or None if it does not."""
+    return tiling.slower(positions, items)
+
+
+def look_up(hidden: Any, table: Any, bias: Any) -> Any:
+    """The blocks of the forward kernel."""
+    (positions, width), items = hidden.shape, table.shape[0]
+    return tiling.tuned_blocks(
+        tiling.FORWARD, positions, items, width, hidden.dtype.itemsize, biased=bias is not None
+    )
+
+
 def losses(
     problem: Problem, smoothing: float, expected: bool
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:

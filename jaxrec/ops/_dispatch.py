@@ -28,10 +28,11 @@ class Choice(NamedTuple):
 
 
 class Decision(NamedTuple):
-    """A choice, and the platforms that its kernel is compiled for."""
+    """A choice, the platforms that its kernel is compiled for, and how that finds its blocks."""
 
     choice: Choice
     platforms: tuple[str, ...]
+    blocks: Callable[[], Any] | None
 
 
 _decisions: ContextVar[list[Decision] | None] = ContextVar("_decisions", default=None)
@@ -53,6 +54,9 @@ def choose(
     implementation: str | None,
     unsupported: str | None,
     platforms: tuple[str, ...] = ("tpu",),
+    *,
+    slower: str | None = None,
+    blocks: Callable[[], Any] | None = None,
 ) -> Choice:
     """Picks the implementation of `op`.
 
@@ -61,14 +65,18 @@ def choose(
       implementation: what the caller asked for; `None` leaves the choice to the op.
       unsupported: why the Pallas kernel cannot take this call, or `None` if it can.
       platforms: where the kernel runs; `platform_switch` compiles XLA's form elsewhere.
+      slower: why the kernel, though it can take this call, is left to those who ask for it; or
+        `None`.
+      blocks: looks up the blocks that the kernel would have, for `explain`; not called here.
 
     Raises:
       ValueError: the name is unknown, or a forced kernel cannot run; the reason is in the message.
     """
-    choice = _choose(op, implementation, unsupported)
+    reason = unsupported or (slower if implementation is None else None)
+    choice = _choose(op, implementation, reason)
     decisions = _decisions.get()
     if decisions is not None:
-        decisions.append(Decision(choice, platforms))
+        decisions.append(Decision(choice, platforms, blocks))
     return choice
 
 

@@ -18,7 +18,7 @@ from jaxrec.ops import _attention_factors as _factors
 from jaxrec.ops import _attention_mix_tables as _tables
 from jaxrec.ops._dispatch import platform_switch
 from jaxrec.ops._manual_axes import vary_together
-from jaxrec_kernels.positional_kernel_attention import LONGEST_WHOLE
+from jaxrec_kernels.positional_kernel_attention import LONGEST_WHOLE, spec
 
 # The slot of no sequence, for the kernels.
 _NOBODY = -(2**31)
@@ -314,6 +314,15 @@ class _Long(NamedTuple):
 def _kernel_for(options: Options, inputs: Inputs) -> _Whole | _Long:
     kernel = _Whole if inputs.query.shape[1] <= LONGEST_WHOLE else _Long
     return kernel(options, inputs)
+
+
+def look_up(query: Any, kernels: tuple[Any, ...]) -> Any:
+    """How the forward kernel cuts a call with these operators, [1 or heads, ...] or None."""
+    if query.shape[1] <= LONGEST_WHOLE:
+        return spec.tuned_cut(spec.FORWARD, spec.size_of(query, kernels))
+    from jaxrec_kernels.long_attention.plan import plan_of
+
+    return plan_of(query)
 
 
 def _each_kernel(inputs: Inputs, table: Callable[[int, Array], Any]) -> list[Any]:

@@ -1,5 +1,6 @@
 """Causal softmax attention over packed or padded sequences."""
 
+from functools import partial
 from typing import Any
 
 from jaxtyping import Array, Bool, Float, Int
@@ -93,7 +94,8 @@ def causal_attention(
     scale = check_scale(op, scale, query.shape[3])
     rate = check_dropout(op, dropout_rate, dropout_key)
     unsupported = supports(query, value) if bias is None else _NO_BIAS
-    choice = choose(op, implementation, unsupported)
+    look_up = partial(_mixing.look_up, query, (None, None))
+    choice = choose(op, implementation, unsupported, blocks=look_up)
     seeds = dropout_seeds(dropout_key) if rate else None
     if choice.implementation == "xla":
         inputs = Inputs(query, key, value, valid, segment_ids, seeds, bias)

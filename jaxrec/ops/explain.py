@@ -1,12 +1,14 @@
 """Which implementation of an op would run, and why."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from importlib import import_module
 from typing import Any
 
 import jax
 
 from jaxrec.ops._dispatch import Choice, recorded
+from jaxrec_kernels import tuning
 
 
 def explain(
@@ -21,11 +23,12 @@ def explain(
       op: a function of `jaxrec.ops`, or its name.
       *specs: its positional arguments; arrays may be given as `jax.ShapeDtypeStruct`.
       target: the platform that is asked about: "cpu", "gpu", "tpu", a device (abstract ones too),
-        or None for the one that JAX would use.
+        or None for the one that JAX would use. For a TPU device the blocks are those for its kind.
       **options: its keyword arguments, `implementation` included.
 
     Returns:
-      (op, implementation, reason).
+      (op, implementation, reason). Of a kernel the reason also tells whether its blocks are those
+      of a tuning table, and of which chip, or those of the kernel's own rule.
 
     Raises:
       ValueError: `op` is none of `jaxrec.ops`, the target is no platform, or the op refuses the
@@ -46,12 +49,27 @@ def explain(
     mine = [d for d in decisions if d.choice.op == name]
     if not mine:
         return Choice(name, "xla", "the op has one implementation, plain JAX")
-    choice, platforms = mine[0]
+    choice, platforms, blocks = mine[0]
     if choice.implementation == "pallas" and platform not in map(_platform, platforms):
         return Choice(
             name, "xla", f"the kernel is for {', '.join(platforms)}, the target is {platform}"
         )
+    if choice.implementation == "pallas" and blocks is not None:
+        with _kind_of(target), tuning.looked_up() as lookups:
+            blocks()
+        return choice._replace(reason=f"{choice.reason}; {_origin(lookups[0].chip)}")
     return choice
+
+
+def _kind_of(target: Any) -> AbstractContextManager[None]:
+    kind = getattr(target, "device_kind", None)
+    return nullcontext() if kind is None else tuning.compiling_for(kind)
+
+
+def _origin(chip: str | None) -> str:
+    if chip is None:
+        return "its blocks are those of its own rule"
+    return f"its blocks are those of the tuning table for {chip}"
 
 
 def _resolve(op: str | Callable[..., Any]) -> tuple[str, Callable[..., Any]]:

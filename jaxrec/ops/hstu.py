@@ -1,5 +1,7 @@
 """Pointwise attention with biases by position and time: the attention of HSTU."""
 
+from functools import partial
+
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
@@ -8,7 +10,7 @@ from jaxrec.ops._attention_core import block_for
 from jaxrec.ops._checks import check_int_rows, check_qkv, check_scale, check_valid
 from jaxrec.ops._dispatch import Implementation, choose
 from jaxrec.ops._hstu_core import Inputs, Options, attend
-from jaxrec_kernels.hstu_attention import supports
+from jaxrec_kernels.hstu_attention import look_up, supports
 
 
 def hstu_attention(
@@ -100,14 +102,20 @@ def hstu_attention(
     _rows.check_tables(op, position_table, length, time_table, {"timestamps": timestamps})
     _rows.check_candidates(op, num_candidates, batch, segment_ids)
     scale = check_scale(op, scale, query.shape[3])
+    integers = segment_ids, timestamps
     unsupported = supports(
         query,
         value,
         tables=(position_table, time_table),
-        integers=(timestamps, segment_ids),
+        integers=integers,
         candidates=num_candidates is not None,
     )
-    choice = choose(op, implementation, unsupported)
+    choice = choose(
+        op,
+        implementation,
+        unsupported,
+        blocks=partial(look_up, query, value, integers, time_table, num_candidates is not None),
+    )
 
     if value.size == 0:
         return jnp.zeros_like(value)

@@ -94,6 +94,11 @@ def _unsupported(hidden: Any) -> str | None:
     return _catalogue_kernel.unsupported(hidden)
 
 
+def _slower(positions: int, items: int) -> str | None:
+    """Why the Pallas kernel would take longer than XLA's form."""
+    return _catalogue_kernel.slower(positions, items)
+
+
 def _checked(
     op: str,
     hidden: Any,
@@ -121,7 +126,13 @@ def _checked(
         raise ValueError(
             f"{op}: label_smoothing must be a Python number from 0 to 1, got {label_smoothing!r}"
         )
-    choice = _dispatch.choose(op, implementation, _unsupported(hidden))
+    choice = _dispatch.choose(
+        op,
+        implementation,
+        _unsupported(hidden),
+        slower=_slower(positions, items),
+        blocks=partial(_catalogue_kernel.look_up, hidden, item_table, bias),
+    )
     return _Arguments(hidden, item_table, bias, labels, valid), choice
 
 

@@ -1,5 +1,6 @@
 """Positional kernel attention: causal attention over keys and values mixed along the sequence."""
 
+from functools import partial
 from typing import Any, Literal
 
 import jax.numpy as jnp
@@ -123,7 +124,8 @@ def positional_kernel_attention(
         if positions is None:
             _factors.check_reach(op, name, factor, query.shape[1])
     unsupported = _unsupported(query, value, logits, values, segment_ids, positions)
-    choice = choose(op, implementation, unsupported)
+    kernels = logits.kernel, values.kernel
+    choice = choose(op, implementation, unsupported, blocks=partial(_core.look_up, query, kernels))
     if positions is None and segment_ids is not None:
         positions = segment_positions(segment_ids, valid=valid)
     inputs = _core.Inputs(

@@ -21,7 +21,7 @@ operations for each bucket between the least and the largest of a tile, of the s
 
 from typing import Any
 
-from jaxrec_kernels.hstu_attention.plan import plan_for, size_of
+from jaxrec_kernels.hstu_attention.plan import FORWARD, plan_for, size_of, tuned_plan
 
 _FLOATS = ("float32", "bfloat16")
 _WIDEST_HEAD = 256
@@ -51,10 +51,22 @@ def supports(
         return "there is nothing to compute"
     if max(head_dim, value_dim) > _WIDEST_HEAD:
         return f"the kernel is for heads of up to {_WIDEST_HEAD}, not {max(head_dim, value_dim)}"
-    fields = 1 + sum(x is not None for x in integers) + 2 * candidates
-    if plan_for(size_of(query, value, fields)) is None:
+    if plan_for(size_of(query, value, _fields(integers, candidates))) is None:
         return (
             f"rows of {length} events with {heads} heads of {max(head_dim, value_dim)} "
             "do not fit the kernel's memory"
         )
     return None
+
+
+def look_up(
+    query: Any, value: Any, integers: tuple[Any, ...], time_table: Any, candidates: bool
+) -> Any:
+    """The plan of the forward kernel; arguments as of `supports`."""
+    size = size_of(query, value, _fields(integers, candidates))
+    return tuned_plan(FORWARD, size, time_table is not None)
+
+
+def _fields(integers: tuple[Any, ...], candidates: bool) -> int:
+    """Numbers that are read of each event beside its vectors."""
+    return 1 + sum(x is not None for x in integers) + 2 * candidates

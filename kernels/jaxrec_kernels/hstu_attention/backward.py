@@ -37,7 +37,7 @@ from jaxrec_kernels.hstu_attention.operands import (
     flat_like,
     meets,
 )
-from jaxrec_kernels.hstu_attention.plan import BUCKETS, LANES, SUBLANES, Plan, up_to
+from jaxrec_kernels.hstu_attention.plan import BACKWARD, BUCKETS, LANES, SUBLANES, Plan, up_to
 from jaxrec_kernels.hstu_attention.step import (
     Index,
     Settings,
@@ -74,7 +74,7 @@ def backward(
 
     Arguments as of `forward`; what stands in invalid slots of `d_out` is read by nobody.
     """
-    settings = settings_of(inputs, scale, normalizer, plan, queries_down=False)
+    settings = settings_of(BACKWARD, inputs, scale, normalizer, plan, queries_down=False)
     query, key, value = inputs.query, inputs.key, inputs.value
     batch, length, heads, _ = query.shape
     operands = Operands(settings, batch, heads)
@@ -91,7 +91,7 @@ def backward(
         operands.outputs[name] = Operand(flat_like(x), operands.vectors(x.shape[3], of_keys=True))
     _add_table_outputs(settings, operands, batch, heads // settings.plan.group)
     _add_scratch(settings, operands, query.dtype, value.dtype, d_out.dtype)
-    found = operands.call(partial(_body, settings), "hstu_attention_backward", interpret)
+    found = operands.call(partial(_body, settings), BACKWARD, interpret)
 
     gradients = (
         found.d_query.reshape(query.shape),

@@ -28,7 +28,7 @@ from jaxrec_kernels.hstu_attention.operands import (
     flat_like,
     meets,
 )
-from jaxrec_kernels.hstu_attention.plan import Plan
+from jaxrec_kernels.hstu_attention.plan import FORWARD, Plan
 from jaxrec_kernels.hstu_attention.step import (
     Index,
     Settings,
@@ -56,10 +56,10 @@ def forward(
         is read by nobody.
       scale, normalizer: as in the op.
       edges: the least difference of each bucket from 1 on.
-      plan: by default the one that fits the shapes.
+      plan: by default `tuned_plan`.
       interpret: as in `pl.pallas_call`.
     """
-    settings = settings_of(inputs, scale, normalizer, plan, queries_down=True)
+    settings = settings_of(FORWARD, inputs, scale, normalizer, plan, queries_down=True)
     query, key, value = inputs.query, inputs.key, inputs.value
     operands = Operands(settings, query.shape[0], query.shape[2])
     operands.add_common(inputs, edges)
@@ -72,7 +72,7 @@ def forward(
     if settings.holes:
         width = settings.plan.group * settings.value_dim
         operands.add_row_scratch("clean_value", settings.plan.block, width, dtype=value.dtype)
-    found = operands.call(partial(_body, settings), "hstu_attention_forward", interpret)
+    found = operands.call(partial(_body, settings), FORWARD, interpret)
     return found.out.reshape(value.shape)
 
 

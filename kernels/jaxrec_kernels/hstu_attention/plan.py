@@ -1,10 +1,16 @@
 """How a call is cut: programs, blocks of a row, chunks of a block, bundles of heads."""
 
+from functools import partial
 from typing import Any, NamedTuple
 
+from jaxrec_kernels import tuning
+
+FORWARD, BACKWARD = "hstu_attention_forward", "hstu_attention_backward"
 LANES = 128
 # Of a row that is cut; a shorter one is a block by itself.
 LARGEST_BLOCK = 512
+# That a tuning table may ask for.
+LONGEST_BLOCK = 1024
 # Rows of a program at most: more hide the start of a program behind no more work.
 MOST_SEQUENCES = 8
 # Rows so short that two together still fit the registers.
@@ -92,6 +98,49 @@ def plan_for(size: Size) -> Plan | None:
             if vmem_bytes(size, plan) <= VMEM_BYTES - SPARE_BYTES:
                 return plan
     return None
+
+
+def tuned_plan(kernel: str, size: Size, times: bool) -> Plan | None:
+    """That of the tuning table for such a call, where there is one that fits; else `plan_for`.
+
+    Args:
+      kernel: the name given to `pl.pallas_call`.
+      size: of the call.
+      times: whether there is a bias by time.
+    """
+    return tuning.tuned(
+        kernel, call_class(size, times), partial(fit, size), partial(plan_for, size)
+    )
+
+
+def call_class(size: Size, times: bool) -> dict[str, int]:
+    """What tells calls apart in a tuning table; batches of all sizes are cut alike."""
+    return {
+        "length": size.length,
+        "heads": size.heads,
+        "head_dim": size.head_dim,
+        "value_dim": size.value_dim,
+        "itemsize": size.itemsize,
+        "times": int(times),
+    }
+
+
+def fit(size: Size, *, block: int, sequences: int, together: int, group: int) -> Plan | None:
+    """The plan with these sizes, as in `Plan`; None where the call cannot be cut so."""
+    bundle = bundle_of(size)
+    blocks = -(-size.length // block)
+    whole = blocks == 1
+    if (
+        (block != size.length if whole else block % LANES or sequences > 1)
+        or block > LONGEST_BLOCK
+        or size.batch % sequences
+        or sequences % together
+        or size.heads % group
+        or group % bundle
+    ):
+        return None
+    plan = Plan(block, blocks, sequences, together, group, bundle)
+    return plan if vmem_bytes(size, plan) <= VMEM_BYTES - SPARE_BYTES else None
 
 
 def bundle_of(size: Size) -> int:

@@ -15,7 +15,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from jaxrec_kernels.hstu_attention.facts import Fields, fields_of
-from jaxrec_kernels.hstu_attention.plan import LANES, Plan, plan_for, size_of
+from jaxrec_kernels.hstu_attention.plan import LANES, Plan, size_of, tuned_plan
 
 # The scalar memory holds so many blocks' least and largest segment ids.
 _MOST_RANGES = 1 << 15
@@ -40,11 +40,17 @@ class Settings(NamedTuple):
 
 
 def settings_of(
-    inputs: Any, scale: float, normalizer: float, plan: Plan | None, queries_down: bool
+    kernel: str,
+    inputs: Any,
+    scale: float,
+    normalizer: float,
+    plan: Plan | None,
+    queries_down: bool,
 ) -> Settings:
-    fields = fields_of(inputs)
+    """`kernel`: its name, by which a plan is looked up where none is given."""
+    fields, times = fields_of(inputs), inputs.time_table is not None
     if plan is None:
-        plan = plan_for(size_of(inputs.query, inputs.value, fields.rows))
+        plan = tuned_plan(kernel, size_of(inputs.query, inputs.value, fields.rows), times)
         if plan is None:
             raise ValueError("hstu_attention: these arrays do not fit the kernel's memory")
     return Settings(
@@ -56,7 +62,7 @@ def settings_of(
         inputs.value.shape[3],
         holes=inputs.valid is not None or plan.block * plan.blocks > inputs.query.shape[1],
         lags=inputs.distance_bias is not None,
-        times=inputs.time_table is not None,
+        times=times,
         queries_down=queries_down,
         skips=fields.segment is not None and 1 < plan.blocks <= _MOST_RANGES // len(inputs.query),
     )

@@ -1,14 +1,26 @@
 """Sizes of blocks, and what the kernels can take. Imports no Pallas."""
 
+from functools import partial
 from typing import Any, NamedTuple
 
+from jaxrec_kernels import tuning
+
+FORWARD, BACKWARD = "linear_cross_entropy_forward", "linear_cross_entropy_backward"
 LANES = 128
 WIDEST = 256
 _POSITIONS = 512
+# With less, beginning and ending the kernels' pipelines takes longer than XLA's whole form.
+_FEWEST_POSITIONS, _FEWEST_LOGITS = 128, 1 << 21
 # What a step of the grid and a round over a chunk cost besides the items in them, in items.
 _STEP, _ROUND = 160, 90
 # Products of float32 in one pass or in float32; what lies between has no lowering.
 _PRECISIONS = (None, "default", "highest", "float32")
+# Of the 16 MiB that a kernel has by default on a v5e; the rest is the compiler's.
+VMEM_BYTES = 12 << 20
+# What blocks of a table may fill up beyond what those of the rule do, so that no gain is lost.
+_MOST_FILLING = 1.01
+# Catalogues from here on are cut alike: what the last block fills up is little.
+_LARGE = 1 << 15
 
 
 class Blocks(NamedTuple):
@@ -56,6 +68,93 @@ def blocks_for(positions: int, items: int, width: int, itemsize: int) -> Blocks:
     return Blocks(of_positions, rounds * chunk, chunk)
 
 
+def tuned_blocks(
+    kernel: str, positions: int, items: int, width: int, itemsize: int, *, biased: bool
+) -> Blocks:
+    """Those of the tuning table for such a call, where there are some that fit; else `blocks_for`.
+
+    Args:
+      kernel: the name given to `pl.pallas_call`.
+      positions, items, width: of the arrays.
+      itemsize: of both of them.
+      biased: whether there is a bias.
+    """
+    sizes = positions, items, width, itemsize
+    return tuning.tuned(
+        kernel,
+        call_class(*sizes, biased=biased),
+        partial(fit, *sizes, biased=biased),
+        partial(blocks_for, *sizes),
+    )
+
+
+def call_class(
+    positions: int, items: int, width: int, itemsize: int, *, biased: bool
+) -> dict[str, int]:
+    """What tells calls apart in a tuning table: those of a class are cut alike.
+
+    Positions count by how long the rule makes a block of them, items in lanes, large catalogues as
+    one.
+    """
+    return {
+        "positions": blocks_for(positions, items, width, itemsize).positions,
+        "items": min(-(-items // LANES) * LANES, _LARGE),
+        "width": width,
+        "itemsize": itemsize,
+        "biased": int(biased),
+    }
+
+
+def fit(
+    of_positions: int,
+    of_items: int,
+    width: int,
+    itemsize: int,
+    *,
+    biased: bool,
+    positions: int,
+    items: int,
+    chunk: int,
+) -> Blocks | None:
+    """Blocks of these sizes; None where the kernels cannot take them, or waste more than the rule.
+
+    Args:
+      of_positions, of_items: how many there are.
+      width, itemsize, biased: as in `tuned_blocks`.
+      positions, items, chunk: as in `Blocks`.
+    """
+    blocks = Blocks(positions, items, chunk)
+    if positions % LANES or chunk % LANES or items % chunk or items < 2 * chunk:
+        return None
+    if vmem_bytes(blocks, width, itemsize, biased) > VMEM_BYTES:
+        return None
+    rule = blocks_for(of_positions, of_items, width, itemsize)
+    for count, size, usual in (
+        (of_positions, positions, rule.positions),
+        (of_items, items, rule.items),
+    ):
+        if -(-count // size) * size > _MOST_FILLING * (-(-count // usual) * usual):
+            return None
+    return blocks
+
+
+def vmem_bytes(blocks: Blocks, width: int, itemsize: int, biased: bool) -> int:
+    """Of the kernel that takes more: the forward one with its weights, or the backward one."""
+    positions, items, _ = blocks
+    square = positions * items
+    # A block of rows, as wide as its tiles; operands are there twice, one for the next step.
+    wide = -(-width // 16) * 16 * itemsize
+    lines = 8 * 4
+    operands = 2 * (positions + items) * wide + 2 * 3 * positions * lines
+    forward = square * (4 + itemsize) + items * wide + 2 * 4 * width * positions
+    forward += 5 * positions * lines + 2 * 3 * positions * lines
+    backward = square * itemsize + 4 * width * items + 2 * 4 * width * items
+    if biased:
+        operands += 2 * items * lines
+        backward += 2 * items * LANES * 4 + 2 * items * lines
+    return operands + max(forward, backward)
+
+
 def supports(width: int, dtype: Any, precision: str | None) -> str | None:
     """Why the kernels cannot take a call, or None if they can.
 
@@ -73,4 +172,18 @@ def supports(width: int, dtype: Any, precision: str | None) -> str | None:
             f"the kernel has no products with default_matmul_precision {precision!r}; it has "
             "'default' and 'highest'"
         )
+    return None
+
+
+def slower(positions: int, items: int) -> str | None:
+    """Why XLA's form would take less time than the kernels, or None if it would not.
+
+    By the schedules for v5e with width 64, kernel / XLA: at 8 to 64 positions 2.5 to 9.4 with 3,416
+    items and 1.4 to 3.1 with 100,000, but 0.9 for the gradient of the losses one by one; at 512
+    positions and 3,416 items 1.3 and 1.5 with a gradient, at 1,024 0.9.
+    """
+    if positions < _FEWEST_POSITIONS:
+        return f"the kernel is slower than XLA's form below {_FEWEST_POSITIONS} positions"
+    if positions * items < _FEWEST_LOGITS:
+        return f"the kernel is slower than XLA's form below {_FEWEST_LOGITS:,} logits"
     return None

@@ -27,7 +27,7 @@ from jaxrec_kernels.linear_cross_entropy.layout import (
     precision_for,
     product,
 )
-from jaxrec_kernels.linear_cross_entropy.tiling import LANES, Blocks, blocks_for
+from jaxrec_kernels.linear_cross_entropy.tiling import BACKWARD, LANES, Blocks, tuned_blocks
 
 _F32 = jnp.float32
 
@@ -83,14 +83,16 @@ def table_gradient(
       bias: float32 [V] or None, part of the logits l.
       hit: what is taken off at the label; 1 without label smoothing.
       dtype: of the table's gradient, by default that of `table`.
-      blocks: sizes; by default `blocks_for`.
+      blocks: sizes; by default `tuned_blocks`.
       interpret: as `pl.pallas_call`.
 
     Cost: 4 P V D FLOPs and P V exponentials. Reads `hidden` once for each block of items.
     """
     positions, width = hidden.shape
     items = table.shape[0]
-    blocks = blocks or blocks_for(positions, items, width, hidden.dtype.itemsize)
+    blocks = blocks or tuned_blocks(
+        BACKWARD, positions, items, width, hidden.dtype.itemsize, biased=bias is not None
+    )
     layout = layout_for(width)
     call = _Call(blocks, layout, bias is not None, hit, precision_for(hidden.dtype))
     rows = pl.cdiv(positions, blocks.positions) * blocks.positions
@@ -150,7 +152,7 @@ def _build(call: _Call, hidden: jax.Array, items: int, out: Any, interpret: Any)
             bytes_accessed=(blocks * rows + 2 * items) * width * dtype.itemsize,
         ),
         interpret=interpret,
-        name="linear_cross_entropy_backward",
+        name=BACKWARD,
     )
 
 

@@ -32,7 +32,7 @@ from jaxrec_kernels.linear_cross_entropy.layout import (
     precision_for,
     product,
 )
-from jaxrec_kernels.linear_cross_entropy.tiling import LANES, Blocks, blocks_for
+from jaxrec_kernels.linear_cross_entropy.tiling import FORWARD, LANES, Blocks, tuned_blocks
 
 _F32 = jnp.float32
 # Exponentials at a time without a product beside them: more do not fit in the registers.
@@ -104,7 +104,7 @@ def statistics(
       labels: int32 [P]; rows of `table`, anything else where the label is none of them.
       bias: float32 [V] or None.
       weighted: whether the weighted sum of item rows is wanted: one product more.
-      blocks: sizes; by default `blocks_for`.
+      blocks: sizes; by default `tuned_blocks`.
       interpret: as `pl.pallas_call`.
 
     Cost: 2 P V D FLOPs, twice that with `weighted`, and P V exponentials. Reads the table once for
@@ -112,7 +112,9 @@ def statistics(
     """
     positions, width = hidden.shape
     items = table.shape[0]
-    blocks = blocks or blocks_for(positions, items, width, hidden.dtype.itemsize)
+    blocks = blocks or tuned_blocks(
+        FORWARD, positions, items, width, hidden.dtype.itemsize, biased=bias is not None
+    )
     call = _Call(
         blocks, layout_for(width), items, bias is not None, weighted, precision_for(hidden.dtype)
     )
@@ -176,7 +178,7 @@ def _build(call: _Call, hidden: jax.Array, out: Any, interpret: Any) -> Any:
             bytes_accessed=(blocks * call.items + 2 * rows) * width * dtype.itemsize,
         ),
         interpret=interpret,
-        name="linear_cross_entropy_forward",
+        name=FORWARD,
     )
 
 

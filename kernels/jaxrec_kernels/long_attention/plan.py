@@ -1,14 +1,18 @@
 """What is static in a call on long rows, and how it is cut."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
+from jaxrec_kernels import tuning
 from jaxrec_kernels.positional_kernel_attention import LANES, heads_of_slab
 
 # A row is cut into equal blocks of whole tiles, this long at most.
 _LARGEST_BLOCK = 512
+# Of the 64 MiB that the kernels ask for; the rest is for rows, and for the compiler.
+_MOST_SQUARES = 32 << 20
 
 
 class Plan(NamedTuple):
@@ -53,7 +57,36 @@ def plan_of(x: Any, most_lanes: int = LANES) -> Plan:
         for count in range(least, heads + 1, least)
         if heads % count == 0 and (count == least or count * head_dim <= most_lanes)
     )
-    return Plan(batch, length, heads, head_dim, block_of(length), slab_heads)
+    block = tuned_block(length, heads, head_dim, x.dtype.itemsize)
+    return Plan(batch, length, heads, head_dim, block, slab_heads)
+
+
+def tuned_block(length: int, heads: int, head_dim: int, itemsize: int) -> int:
+    """That of the tuning table for such a call, where there is one that fits; else `block_of`.
+
+    One block for all kernels of a call, since an operator that is cut once is read by several.
+    """
+    return tuning.tuned(
+        "long_attention",
+        call_class(length, heads, head_dim, itemsize),
+        partial(fit, length, heads, head_dim),
+        partial(block_of, length),
+    )
+
+
+def call_class(length: int, heads: int, head_dim: int, itemsize: int) -> dict[str, int]:
+    """What tells calls apart in a tuning table; batches of all sizes are cut alike."""
+    return {"length": length, "heads": heads, "head_dim": head_dim, "itemsize": itemsize}
+
+
+def fit(length: int, heads: int, head_dim: int, *, block: int) -> int | None:
+    """The block; None where a row cannot be cut so, or is filled up further than by the rule."""
+    # The gradient of an operator a head, which is there twice, takes most.
+    squares = 2 * 4 * block * block * (heads_of_slab(heads, head_dim) or heads)
+    if block % LANES or squares > _MOST_SQUARES:
+        return None
+    rule = block_of(length)
+    return block if -(-length // block) * block <= -(-length // rule) * rule else None
 
 
 def block_of(length: int) -> int:

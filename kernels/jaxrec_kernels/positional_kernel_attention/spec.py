@@ -1,10 +1,17 @@
 """What is static in a call of the kernel, and how it is cut."""
 
 import itertools
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
-from jaxrec_kernels.positional_kernel_attention import LANES
+from jaxrec_kernels import tuning
+from jaxrec_kernels.positional_kernel_attention import LANES, heads_of_slab
 
+FORWARD, BACKWARD = "positional_kernel_attention_forward", "positional_kernel_attention_backward"
+# Half of what a v5e or v6e has. The default of 16 MiB does not hold the operators of length 1024.
+VMEM_BYTES = 64 << 20
+# Left to the compiler.
+SPARE_BYTES = 8 << 20
 _ROWS = 8  # batch rows of a program at most
 _PACKED_UP_TO = 256  # longer rows are not put side by side
 
@@ -70,6 +77,86 @@ class Member(NamedTuple):
     @property
     def here(self) -> slice:
         return slice(self.head, self.head + 1)
+
+
+class Cut(NamedTuple):
+    """Batch rows of a program, and of a slab: those that are computed side by side."""
+
+    rows: int
+    packed: int
+
+
+class Size(NamedTuple):
+    """Sizes of a call; `mixes` counts its operators, `groups` their squares."""
+
+    batch: int
+    length: int
+    heads: int
+    head_dim: int
+    slab_heads: int
+    itemsize: int
+    mixes: int
+    groups: int
+
+
+def size_of(query: Any, operators: tuple[Any, ...]) -> Size:
+    """The sizes of a call; an operator's first axis has one for all heads or one a head."""
+    batch, length, heads, head_dim = query.shape
+    slab_heads = heads_of_slab(heads, head_dim)
+    assert slab_heads is not None
+    given = [x for x in operators if x is not None]
+    groups = sum(min(x.shape[0], slab_heads) for x in given)
+    itemsize = query.dtype.itemsize
+    return Size(batch, length, heads, head_dim, slab_heads, itemsize, len(given), groups)
+
+
+def tuned_cut(kernel: str, size: Size) -> Cut:
+    """That of the tuning table for such a call, where there is one that fits; else `cut_for`.
+
+    `kernel`: the name given to `pl.pallas_call`.
+    """
+    return tuning.tuned(kernel, call_class(size), partial(fit, size), partial(cut_for, size))
+
+
+def call_class(size: Size) -> dict[str, int]:
+    """What tells calls apart in a tuning table; batches of all sizes are cut alike."""
+    return {
+        "length": size.length,
+        "heads": size.heads,
+        "head_dim": size.head_dim,
+        "itemsize": size.itemsize,
+        "mixes": size.mixes,
+    }
+
+
+def fit(size: Size, *, rows: int, packed: int) -> Cut | None:
+    """The cut with these sizes; None where the call cannot be cut so."""
+    lanes = packed * size.slab_heads * size.head_dim
+    beside = packed == 1 or (lanes <= LANES and size.length <= _PACKED_UP_TO)
+    if size.batch % rows or rows % packed or not beside:
+        return None
+    cut = Cut(rows, packed)
+    return cut if vmem_bytes(size, cut) <= VMEM_BYTES - SPARE_BYTES else None
+
+
+def cut_for(size: Size) -> Cut:
+    """Rows enough to hide a program's start, as many side by side as fill the lanes."""
+    rows = rows_of_program(size.batch, size.length)
+    return Cut(rows, rows_of_slab(rows, size.slab_heads * size.head_dim, size.length))
+
+
+def vmem_bytes(size: Size, cut: Cut) -> int:
+    """Of the backward kernel, which takes more than the forward one."""
+    length = -(-size.length // 16) * 16
+    wide = -(-size.slab_heads * size.head_dim // LANES) * LANES
+    lanes = -(-cut.packed * size.slab_heads * size.head_dim // LANES) * LANES
+    filled = -(-size.length // LANES) * LANES
+    # Operands are there twice, one for the next program: q, k, v, o, do and dq, dk, dv.
+    operands = 2 * cut.rows * (8 * length * wide * size.itemsize + 2 * 8 * filled * 4)
+    # Operators as they are and turned, and their gradients in float32.
+    squares = 2 * size.groups * length * filled * (2 * size.itemsize + 4)
+    kept = lanes * (8 * length * size.itemsize + 2 * length * 4 + filled * size.itemsize)
+    return operands + squares + kept + lanes * LANES * 4
 
 
 def rows_of_program(batch: int, length: int) -> int:

@@ -29,14 +29,16 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from jaxrec_kernels import compat
-from jaxrec_kernels.positional_kernel_attention import heads_of_slab
 from jaxrec_kernels.positional_kernel_attention.attention import backward_slab, forward_slab
 from jaxrec_kernels.positional_kernel_attention.slab import Slab, buffers
 from jaxrec_kernels.positional_kernel_attention.spec import (
+    BACKWARD,
+    FORWARD,
+    VMEM_BYTES,
     Mix,
     Spec,
-    rows_of_program,
-    rows_of_slab,
+    size_of,
+    tuned_cut,
 )
 
 _F32 = jnp.float32
@@ -55,17 +57,21 @@ class Arrays(NamedTuple):
 
 
 def _spec(
-    arrays: Arrays, scale: float, rate: float, bands: tuple[int, int], segmented: bool
+    kernel: str,
+    arrays: Arrays,
+    scale: float,
+    rate: float,
+    bands: tuple[int, int],
+    segmented: bool,
 ) -> Spec:
-    batch, length, heads, head_dim = arrays.query.shape
-    slab_heads = heads_of_slab(heads, head_dim)
-    assert slab_heads is not None
+    size = size_of(arrays.query, (arrays.logit_table, arrays.value_table))
+    batch, length, heads, head_dim, slab_heads, *_ = size
 
     def mix(table: Array | None, band: int) -> Mix:
         groups = 0 if table is None else min(table.shape[0], slab_heads)
         return Mix(groups, min(band, length))
 
-    rows = rows_of_program(batch, length)
+    cut = tuned_cut(kernel, size)
 
     return Spec(
         batch=batch,
@@ -78,8 +84,8 @@ def _spec(
         values=mix(arrays.value_table, bands[1]),
         masked=arrays.ids is not None,
         segmented=segmented,
-        rows=rows,
-        packed=rows_of_slab(rows, slab_heads * head_dim, length),
+        rows=cut.rows,
+        packed=cut.packed,
         slab_heads=slab_heads,
     )
 
@@ -160,16 +166,12 @@ def _call(
         out_shape=[compat.like(given.values, value) for value in made.values],
         scratch_shapes=list(scratch.values()),
         compiler_params=compat.compiler_params(
-            dimension_semantics=(kind, kind), vmem_limit_bytes=_VMEM
+            dimension_semantics=(kind, kind), vmem_limit_bytes=VMEM_BYTES
         ),
-        name=f"positional_kernel_attention_{name}",
+        name=name,
         interpret=interpret,
     )(*given.values)
     return results
-
-
-# Half of what a v5e or v6e has. The default of 16 MiB does not hold the operators of length 1024.
-_VMEM = 64 * 2**20
 
 
 def forward(
@@ -191,7 +193,7 @@ def forward(
       segmented: the mix must not cross from one id to another.
       interpret: as in `pallas_call`.
     """
-    spec = _spec(arrays, scale, dropout_rate, bands, segmented)
+    spec = _spec(FORWARD, arrays, scale, dropout_rate, bands, segmented)
     given, made = _Operands(spec), _Operands(spec)
     given.wide("q", _wide(arrays.query))
     given.wide("k", _wide(arrays.key))
@@ -214,7 +216,7 @@ def forward(
         made,
         scratch=buffers(spec, arrays.query.dtype, backward=False),
         parallel=True,
-        name="forward",
+        name=FORWARD,
         interpret=interpret,
     )
     return out.reshape(arrays.value.shape), _from_slabs(spec, lse)
@@ -243,7 +245,7 @@ def backward(
     interpret: Any = False,
 ) -> Gradients:
     """Gradients of all arrays; arguments as in `forward`, and its results."""
-    spec = _spec(arrays, scale, dropout_rate, bands, segmented)
+    spec = _spec(BACKWARD, arrays, scale, dropout_rate, bands, segmented)
     given, made = _Operands(spec), _Operands(spec)
     given.wide("q", _wide(arrays.query))
     given.wide("k", _wide(arrays.key))
@@ -280,7 +282,7 @@ def backward(
         made,
         scratch=scratch,
         parallel=False,
-        name="backward",
+        name=BACKWARD,
         interpret=interpret,
     )
     found = dict(zip(made.names, results, strict=True))

@@ -43,7 +43,7 @@ def on_kernel(interpret=True, block=plan.LARGEST_BLOCK, rows=2, **changes):
     def forced(xla, kernels, *operands):
         return kernels["tpu"](*operands) if "tpu" in kernels else switch(xla, kernels, *operands)
 
-    def planned(size):
+    def planned(kernel, size, times):
         return plan_for(size)._replace(**changes)
 
     switch, plan_for = _dispatch.platform_switch, plan.plan_for
@@ -51,7 +51,7 @@ def on_kernel(interpret=True, block=plan.LARGEST_BLOCK, rows=2, **changes):
         patch.setattr(_dispatch, "platform_switch", forced)
         patch.setattr(plan, "LARGEST_BLOCK", block)
         patch.setattr(plan, "MOST_SEQUENCES", rows)
-        patch.setattr(step, "plan_for", planned)
+        patch.setattr(step, "tuned_plan", planned)
         for name in ("forward", "backward"):
             patch.setattr(tpu, name, functools.partial(getattr(tpu, name), interpret=interpret))
         # What was traced outside does not hold inside, nor the other way around.

@@ -271,14 +271,34 @@ def test_default_blocks(width, dtype):
             assert logits + rows + 3 * 4 * width * blocks.positions < 15 << 20
 
 
+@pytest.mark.parametrize(
+    ("positions", "items", "reason"),
+    [
+        (127, 100_000, "below 128 positions"),
+        (512, 3_416, "below 2,097,152 logits"),
+        (128, 100_000, None),
+        (1024, 3_416, None),
+    ],
+)
+def test_few_logits_are_left_to_xla_unless_the_kernel_is_asked_for(positions, items, reason):
+    hidden, table = (jax.ShapeDtypeStruct((n, 64), jnp.bfloat16) for n in (positions, items))
+    labels = jax.ShapeDtypeStruct((positions,), jnp.int32)
+    for op in ("linear_cross_entropy", "mean_linear_cross_entropy"):
+        choice = ops.explain(op, hidden, table, labels, target="tpu")
+        assert choice.implementation == ("pallas" if reason is None else "xla")
+        assert (reason or "its blocks are") in choice.reason
+        forced = ops.explain(op, hidden, table, labels, target="tpu", implementation="pallas")
+        assert forced.implementation == "pallas"
+
+
 def test_what_the_kernel_cannot_take_is_said():
     assert supports(64, jnp.dtype("bfloat16"), "tensorfloat32") is None
     assert supports(64, jnp.dtype("float32"), None) is None
     assert "at most 256, got 257" in supports(257, jnp.dtype("float32"), None)
     assert "float16" in supports(64, jnp.dtype("float16"), None)
     assert "'high'" in supports(64, jnp.dtype("float32"), "high")
-    rows = jax.ShapeDtypeStruct((8, 16), jnp.float32)
-    labels = jax.ShapeDtypeStruct((8,), jnp.int32)
+    rows = jax.ShapeDtypeStruct((2048, 16), jnp.float32)
+    labels = jax.ShapeDtypeStruct((2048,), jnp.int32)
     call = partial(ops.explain, "mean_linear_cross_entropy", rows, rows, labels)
     assert call(target="tpu").implementation == "pallas"
     assert "the target is cpu" in call(target="cpu").reason

@@ -1,0 +1,80 @@
+"""A kernel's question: are there better blocks for this call than those of its rule?"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, NamedTuple, TypeVar
+
+from jaxrec_kernels.tuning.table import Sizes, Table, tables
+from jaxrec_kernels.tuning.target import device_kind
+
+T = TypeVar("T")
+# Whose table is used where nothing says what is compiled for: its blocks fit all later chips.
+SAFE_CHIP = "v5e"
+
+
+class Lookup(NamedTuple):
+    """One question, with what `tuned` was given, and the answer."""
+
+    kernel: str
+    call: Sizes
+    fit: Callable[..., Any]
+    rule: Callable[[], Any]
+    chip: str | None  # whose table answered; None where the rule did
+    blocks: Any
+
+
+_lookups: ContextVar[list[Lookup] | None] = ContextVar("_lookups", default=None)
+_instead: ContextVar[Table | None] = ContextVar("_instead", default=None)
+
+
+@contextmanager
+def looked_up() -> Iterator[list[Lookup]]:
+    """Collects what kernels ask while they are traced inside."""
+    lookups: list[Lookup] = []
+    token = _lookups.set(lookups)
+    try:
+        yield lookups
+    finally:
+        _lookups.reset(token)
+
+
+@contextmanager
+def using(table: Table) -> Iterator[None]:
+    """Inside, this table answers, whatever is compiled for: to try blocks out.
+
+    `jax.jit` does not know of it: trace functions that were not traced before.
+    """
+    token = _instead.set(table)
+    try:
+        yield
+    finally:
+        _instead.reset(token)
+
+
+def tuned(kernel: str, call: Sizes, fit: Callable[..., T | None], rule: Callable[[], T]) -> T:
+    """The blocks of the table for the TPU that is compiled for, or those of the rule.
+
+    Args:
+      kernel: a name of `table.KERNELS`.
+      call: what tells the kernel's calls apart, by the names there.
+      fit: takes an entry's blocks by name; None where this call cannot be cut so.
+      rule: what gives blocks for any call.
+    """
+    table = _instead.get() or table_for(device_kind())
+    sizes = None if table is None else table.find(kernel, call)
+    found = None if sizes is None else fit(**sizes)
+    chip = table.chip if table is not None and found is not None else None
+    blocks = rule() if found is None else found
+    lookups = _lookups.get()
+    if lookups is not None:
+        lookups.append(Lookup(kernel, call, fit, rule, chip, blocks))
+    return blocks
+
+
+def table_for(kind: str | None) -> Table | None:
+    """The table for a kind of device; without one, that of the safe chip."""
+    known = tables()
+    if kind is None:
+        return known.get(SAFE_CHIP)
+    return next((table for table in known.values() if kind in table.device_kinds), None)
