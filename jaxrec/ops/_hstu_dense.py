@@ -92,14 +92,25 @@ def backward(
     dk = sum_over_queries(blocks, d_key) * factor
     dv = sum_over_queries(blocks, d_value) / options.normalizer
     dq, dk, dv = (heads_first(d).astype(x.dtype) for d, x in ((dq, q), (dk, k), (dv, v)))
-    d_distance, d_candidate, d_time = (
-        None if parts[0] is None else parts for parts in zip(*d_biases, strict=True)
+    return (dq, dk, dv), _bias_gradients(d_biases, options.normalizer)
+
+
+def _bias_gradients(
+    parts: list[_tile.Biases], normalizer: float
+) -> tuple[Array | None, Array | None, Array | None]:
+    """From those of the blocks, each with the keys of a whole row."""
+    distances, candidates, times = (
+        [x for x in column if x is not None] for column in zip(*parts, strict=True)
     )
-    return (dq, dk, dv), (
-        d_distance
-        and _distance.square_gradient(jnp.concatenate(d_distance, axis=1)) / options.normalizer,
-        d_candidate and sum(d_candidate) / options.normalizer,
-        d_time and sum(d_time) / options.normalizer,
+
+    def total(arrays: list[Array]) -> Array | None:
+        return sum(arrays[1:], start=arrays[0]) / normalizer if arrays else None
+
+    rows = jnp.concatenate(distances, axis=1) if distances else None
+    return (
+        None if rows is None else _distance.square_gradient(rows) / normalizer,
+        total(candidates),
+        total(times),
     )
 
 
