@@ -9,11 +9,13 @@ gradient, once as XLA's form and once as the Pallas kernel where there is one, e
 its own. Printed are the cycles of the compiler's schedules (see `benchmarks.schedule` for what they
 are and are not), the ratio of kernel to XLA, memory, registers spilled, and the roofline from FLOPs
 and bytes counted by hand. They are no timings: no TPU ran.
+
+    python -m benchmarks.tpu_aot --train-step sasrec hstu --items 1000000 --mesh 1x1 2x2
+
+compiles whole train steps instead and prints what each chip must hold, see
+`benchmarks.tpu_train_step`.
 """
 
-import json
-import os
-import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -25,11 +27,12 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.chips import CHIPS
-from benchmarks.tpu_cases import cases, op_names, shape_names
+from benchmarks.tpu_cases import Case, cases, op_names, shape_names
+from benchmarks.tpu_child import in_a_process
+from benchmarks.tpu_results import NOTE, Results
+from benchmarks.tpu_step_table import mesh_of, step_rows, step_table
+from benchmarks.tpu_train_step import MODELS
 from jaxrec.errors import UserError
-
-NOTE = "compiler schedules, not timings: no TPU ran"
-_CHILD_SECONDS = 1800
 
 
 @dataclass(frozen=True)
@@ -37,65 +40,62 @@ class Arguments:
     """Compile the ops for TPUs and compare the schedules."""
 
     op: tuple[str, ...] = ()
-    """Ops, by default all that have cases."""
+    """Ops, by default all that have cases; none where only --train-step is given."""
     shape: tuple[str, ...] = ()
     """Names of shapes in jaxrec_kernels.shapes, by default all."""
     direction: tuple[Literal["forward", "forward+backward"], ...] = ()
+    train_step: tuple[Literal["sasrec", "hstu"], ...] = ()
+    """Models whose train step is compiled: SASRec with the positional kernel, HSTU. By default
+    both; none where ops or shapes are given."""
+    items: tuple[int, ...] = (1_000_000, 10_000_000)
+    """Train steps: items of the catalogue."""
+    mesh: tuple[str, ...] = ("1x1", "2x2")
+    """Train steps: chips along `data` and along `model`; 1x1 is one chip."""
+    loss: tuple[Literal["full_softmax", "own"], ...] = ("full_softmax",)
+    """Train steps: over the whole catalogue, or the loss of the experiment's config."""
     chips: tuple[str, ...] = ("v5e", "v6e")
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    dtype: tuple[Literal["bfloat16", "float32"], ...] = ("bfloat16",)
+    """Of the ops' float arguments; of a train step's activations."""
     json: Path | None = None
-    """Write the figures here, one JSON object with a list of rows."""
-
-
-def in_a_process(spec: dict[str, Any]) -> dict[str, Any]:
-    """What `benchmarks.tpu_measure` says of one case, in a process of its own."""
-    command = [sys.executable, "-m", "benchmarks.tpu_measure", json.dumps(spec)]
-    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
-    try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, env=environment, timeout=_CHILD_SECONDS
-        )
-    except subprocess.TimeoutExpired:
-        return {"error": f"not compiled within {_CHILD_SECONDS} s"}
-    lines = done.stdout.splitlines()
-    if done.returncode or not lines:
-        said = [line for line in done.stderr.splitlines() if line.strip()]
-        return {"error": said[-1] if said else f"ended with code {done.returncode}"}
-    return json.loads(lines[-1])
+    """Write the figures here, after every row; a file that is there is continued."""
 
 
 def rows(arguments: Arguments) -> Iterator[dict[str, Any]]:
     """A row for every chip and case, XLA beside the kernel."""
-    itemsize = 2 if arguments.dtype == "bfloat16" else 4
     for case in cases(arguments.op, arguments.shape, arguments.direction):
-        cost = case.cost(itemsize)
         for chip in arguments.chips:
-            row: dict[str, Any] = {
-                "op": case.op,
-                "shape": case.shape,
-                "size": case.size._asdict(),
-                "direction": case.direction,
-                "dtype": arguments.dtype,
-                "chip": chip,
-                "flops": cost.flops,
-                "least_bytes": cost.bytes,
-                "roofline_cycles": round(
-                    CHIPS[chip].roofline_seconds(cost.flops, cost.bytes) * CHIPS[chip].hertz
-                ),
-            }
-            for implementation in ("xla", "pallas"):
-                spec = {
-                    "op": case.op,
-                    "shape": case.shape,
-                    "backward": case.backward,
-                    "dtype": arguments.dtype,
-                    "implementation": implementation,
-                    "chip": chip,
-                }
-                row[implementation] = in_a_process(spec)
-            both = [row[i].get("cycles") for i in ("pallas", "xla")]
-            row["ratio"] = both[0] / both[1] if all(both) else None
-            yield row
+            for dtype in arguments.dtype:
+                yield _row(case, chip, dtype)
+
+
+def _row(case: Case, chip: str, dtype: str) -> dict[str, Any]:
+    cost = case.cost(2 if dtype == "bfloat16" else 4)
+    row: dict[str, Any] = {
+        "op": case.op,
+        "shape": case.shape,
+        "size": case.size._asdict(),
+        "direction": case.direction,
+        "dtype": dtype,
+        "chip": chip,
+        "flops": cost.flops,
+        "least_bytes": cost.bytes,
+        "roofline_cycles": round(
+            CHIPS[chip].roofline_seconds(cost.flops, cost.bytes) * CHIPS[chip].hertz
+        ),
+    }
+    for implementation in ("xla", "pallas"):
+        spec = {
+            "op": case.op,
+            "shape": case.shape,
+            "backward": case.backward,
+            "dtype": dtype,
+            "implementation": implementation,
+            "chip": chip,
+        }
+        row[implementation] = in_a_process("benchmarks.tpu_measure", spec)
+    both = [row[i].get("cycles") for i in ("pallas", "xla")]
+    row["ratio"] = both[0] / both[1] if all(both) else None
+    return row
 
 
 def table(found: list[dict[str, Any]]) -> Table:
@@ -148,50 +148,57 @@ def check(arguments: Arguments) -> None:
                 raise UserError(f"--{what} {name}: no such {what}; there are {', '.join(known)}")
     if not any(cases(arguments.op, arguments.shape, arguments.direction)):
         raise UserError("none of these ops has any of these shapes; see jaxrec_kernels/shapes.py")
+    for count in arguments.items:
+        if count < 1:
+            raise UserError(f"--items {count}: must be positive")
+    for mesh in arguments.mesh:
+        mesh_of(mesh)
 
 
 def main(arguments: Arguments) -> int:
     try:
         check(arguments)
+        results = Results(arguments.json)
     except UserError as error:
         print(error, file=sys.stderr)
         return 2
     console = Console()
     if not console.is_terminal:
-        console = Console(width=140)
-    found = []
-    for row in rows(arguments):
-        found.append(row)
-        for name in ("xla", "pallas"):
-            if "error" in row[name]:
-                console.print(f"{row['op']} {row['shape']} {name}: {row[name]['error']}")
-        if console.is_terminal:
-            console.print(f"{row['op']} {row['shape']} {row['direction']} {row['chip']}")
-        if arguments.json is not None:
-            # After every row: a run takes long.
-            arguments.json.write_text(json.dumps(_report(found), indent=1) + "\n", encoding="utf-8")
-    console.print(table(found))
+        console = Console(width=160)
+    of_ops = bool(arguments.op or arguments.shape or arguments.direction)
+    ops, steps = [], []
+    if of_ops or not arguments.train_step:
+        for row in rows(arguments):
+            ops.append(row)
+            results.add_op(row)
+            for name in ("xla", "pallas"):
+                if "error" in row[name]:
+                    console.print(f"{row['op']} {row['shape']} {name}: {row[name]['error']}")
+            _progress(console, row["op"], row["shape"], row["direction"], row["chip"])
+    if arguments.train_step or not of_ops:
+        for row in step_rows(
+            arguments.train_step or tuple(MODELS),
+            items=arguments.items,
+            meshes=arguments.mesh,
+            losses=arguments.loss,
+            dtypes=arguments.dtype,
+            chips=arguments.chips,
+        ):
+            steps.append(row)
+            results.add_step(row)
+            if "error" in row:
+                console.print(f"{row['model']} {row['items']:,} items: {row['error']}")
+            _progress(console, row["model"], f"{row['items']:,} items", row["mesh"], row["chip"])
+    if ops:
+        console.print(table(ops))
+    if steps:
+        console.print(step_table(steps))
     return 0
 
 
-def _report(found: list[dict[str, Any]]) -> dict[str, Any]:
-    from jaxrec.training.results import versions
-
-    return {
-        "benchmark": "tpu_aot",
-        "note": NOTE,
-        "versions": _with_libtpu(versions()),
-        "rows": found,
-    }
-
-
-def _with_libtpu(found: dict[str, str]) -> dict[str, str]:
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return found | {"libtpu": version("libtpu")}
-    except PackageNotFoundError:
-        return found
+def _progress(console: Console, *words: Any) -> None:
+    if console.is_terminal:
+        console.print(*words)
 
 
 if __name__ == "__main__":

@@ -228,7 +228,9 @@ def _peer_rectools(result: dict[str, Any]) -> str:
 
 
 def _tpu_aot(result: dict[str, Any]) -> str:
-    """The gradients' ratios; the rest is in the file."""
+    """The gradients' ratios and the train steps' memory; the rest is in the file."""
+    if not result["rows"] and result.get("train_steps"):
+        return _train_steps(result)
     told = []
     compared = [r for r in result["rows"] if r["ratio"] and "backward" in r["direction"]]
     for op, chip in dict.fromkeys((r["op"], r["chip"]) for r in compared):
@@ -238,6 +240,32 @@ def _tpu_aot(result: dict[str, Any]) -> str:
     return (
         f"`tpu_aot` ({result['note']}): cycles of forward and gradient, Pallas kernel over XLA's "
         f"form; {'; '.join(told) or 'no kernel yet'}; libtpu {result['versions'].get('libtpu')}"
+    )
+
+
+def _train_steps(result: dict[str, Any]) -> str:
+    rows = [r for r in result["train_steps"] if "fits" in r]
+    first = rows[0]
+    told = []
+    for model, loss, chip, dtype in dict.fromkeys(
+        (r["model"], r["loss"], r["chip"], r["dtype"]) for r in rows
+    ):
+        mine = [
+            r
+            for r in rows
+            if (r["model"], r["loss"], r["chip"], r["dtype"]) == (model, loss, chip, dtype)
+        ]
+        held = ", ".join(
+            f"{r['items'] / 1e6:g}M items on {'x'.join(map(str, r['mesh']))} "
+            + (f"{r['hbm_bytes']['total'] / 1e9:.1f} GB" if r["fits"] else "does not fit")
+            for r in mine
+        )
+        told.append(f"{model} by {loss} on {chip}, {dtype}: {held}")
+    return (
+        f"`tpu_aot --train-step` (memory that the compiler sets aside on each chip, not measured: "
+        f"no TPU ran): width {first['width']}, {first['blocks']} blocks, {first['sequences']} "
+        f"sequences of {first['length']} in a batch, Adam; {'; '.join(told)}; "
+        f"libtpu {result['versions'].get('libtpu')}"
     )
 
 

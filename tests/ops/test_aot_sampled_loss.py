@@ -1,0 +1,54 @@
+"""The sampled losses compiled ahead of time for TPU v5e: do they compile, and what do they hold."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import SingleDeviceSharding
+from tpu_topologies import devices
+
+from jaxrec import ops
+from jaxrec.ops.sampled_loss import ACCELERATOR_ELEMENTS
+
+pytestmark = pytest.mark.slow
+
+POSITIONS, NEGATIVES, ITEMS, WIDTH = 25_600, 256, 100_000, 64
+LANES = 128  # what the compiler fills rows of 64 numbers up to
+
+
+# BCE is gBCE with another power; the own negatives of both go the softmax's way.
+@pytest.mark.parametrize(
+    ("name", "sharing"),
+    [("sampled_softmax", "position"), ("sampled_softmax", "batch"), ("gbce", "batch")],
+)
+def test_forward_and_gradient_hold_blocks_only(name, sharing):
+    loss = getattr(ops, f"{name}_loss")
+    shape = (NEGATIVES,) if sharing == "batch" else (POSITIONS, NEGATIVES)
+    corrected = name == "sampled_softmax"
+
+    def total(hidden, table, labels, negatives, log_q):
+        options = {"log_q": log_q} if corrected else {}
+        return loss(hidden, table, labels, negatives, **options).mean()
+
+    one = SingleDeviceSharding(devices("v5e")[0])
+    spec = functools.partial(jax.ShapeDtypeStruct, sharding=one)
+    arguments = (
+        spec((POSITIONS, WIDTH), jnp.bfloat16),
+        spec((ITEMS, WIDTH), jnp.bfloat16),
+        spec((POSITIONS,), jnp.int32),
+        spec(shape, jnp.int32),
+        spec(shape, jnp.float32),
+    )
+    program = jax.jit(jax.value_and_grad(total, (0, 1))).lower(*arguments).compile()
+    held = program.memory_analysis().temp_size_in_bytes
+    if sharing == "batch":
+        # Logits and slopes, 52 MB: fewer numbers than a block may have, so there is one block.
+        assert held < 2 * 4 * POSITIONS * NEGATIVES
+        return
+    # Rows and slopes of a block of own negatives, and the table's gradient twice: 371 MB. All rows
+    # at once would take 1.7 GB, and 3.4 GB as they lie in memory.
+    block, table = ACCELERATOR_ELEMENTS * LANES // WIDTH, ITEMS * LANES
+    bound = 4 * (2 * block + 2 * table)
+    assert bound < 4 * POSITIONS * NEGATIVES * WIDTH / 4
+    assert held < bound
