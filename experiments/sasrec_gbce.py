@@ -6,7 +6,7 @@ All but the loss, `b2` and `patience` is as in `sasrec.py`: width 64, and one it
 gSASRec's own runs have width 128 and a second table for scores. At first the gradients of 256
 negatives are hundreds of times those of later (seen on ML-1M), which Adam's usual `b2` of 0.999
 remembers for thousands of steps, so it is 0.98. Even so a run on ML-1M learned no more than what is
-popular in its first 16 epochs, and began to learn after: hence a patience of 50 validations.
+popular in its first 18 epochs, and began to learn after: hence a patience of 50 validations.
 """
 
 from dataclasses import replace
