@@ -5,7 +5,7 @@ only says where something else was seen to be better, and by how much. `python -
 writes the files.
 """
 
-from jaxrec_kernels.tuning.lookup import SAFE_CHIP, looked_up, tuned, using
+from jaxrec_kernels.tuning.lookup import looked_up, tuned, using
 from jaxrec_kernels.tuning.target import compiling_for, device_kind
 
-__all__ = ["SAFE_CHIP", "compiling_for", "device_kind", "looked_up", "tuned", "using"]
+__all__ = ["compiling_for", "device_kind", "looked_up", "tuned", "using"]

@@ -9,8 +9,6 @@ from jaxrec_kernels.tuning.table import Sizes, Table, tables
 from jaxrec_kernels.tuning.target import device_kind
 
 T = TypeVar("T")
-# Whose table is used where nothing says what is compiled for: its blocks fit all later chips.
-SAFE_CHIP = "v5e"
 
 
 class Lookup(NamedTuple):
@@ -73,8 +71,9 @@ def tuned(kernel: str, call: Sizes, fit: Callable[..., T | None], rule: Callable
 
 
 def table_for(kind: str | None) -> Table | None:
-    """The table for a kind of device; without one, that of the safe chip."""
-    known = tables()
-    if kind is None:
-        return known.get(SAFE_CHIP)
-    return next((table for table in known.values() if kind in table.device_kinds), None)
+    """The table for a kind of device, if there is one.
+
+    Where nothing says what is compiled for there is none: a rule's blocks are safe on a v5e and on
+    later chips, and another chip's best are not: v5e's for the catalogue loss spill on v6e.
+    """
+    return next((table for table in tables().values() if kind in table.device_kinds), None)

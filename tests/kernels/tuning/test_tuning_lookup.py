@@ -55,19 +55,20 @@ def test_a_known_device_has_its_table_and_an_unknown_one_the_rule():
         with tuning.compiling_for(kind):
             assert tuning.device_kind() == kind
             assert blocks() == wanted
-    # A CPU without a target: what is safe on a v5e.
+    # A CPU without a target: the rule's blocks, which are safe anywhere.
     assert tuning.device_kind() is None
-    assert blocks() == OF_V5E
+    assert blocks() == RULE
 
 
 @pytest.mark.usefixtures("two_tables")
 def test_other_calls_have_the_rule():
-    assert blocks(BACKWARD) == RULE  # looked for and not found
-    assert blocks(biased=True) == RULE
-    for sizes in ((25_600, 3_416, 64, 4), (25_600, 3_416, 128, 2), (25_600, 3_500, 64, 2)):
-        assert blocks(sizes=sizes) == tiling.blocks_for(*sizes)
-    # Positions are cut alike, however many.
-    assert blocks(sizes=(1_024, 3_416, 64, 2)) == OF_V5E
+    with tuning.compiling_for(V5E):
+        assert blocks(BACKWARD) == RULE  # looked for and not found
+        assert blocks(biased=True) == RULE
+        for sizes in ((25_600, 3_416, 64, 4), (25_600, 3_416, 128, 2), (25_600, 3_500, 64, 2)):
+            assert blocks(sizes=sizes) == tiling.blocks_for(*sizes)
+        # Positions are cut alike, however many.
+        assert blocks(sizes=(1_024, 3_416, 64, 2)) == OF_V5E
 
 
 @pytest.mark.parametrize(
@@ -124,7 +125,7 @@ def test_jit_keeps_no_blocks_of_another_target():
         else:
             with tuning.compiling_for(kind):
                 outer(1.0)
-    assert traced == [OF_V5E, OF_V6E, OF_V5E]
+    assert traced == [RULE, OF_V6E, OF_V5E]
 
 
 @pytest.mark.usefixtures("two_tables")
@@ -139,9 +140,10 @@ def test_explain_says_where_blocks_come_from():
 
     for kind, wanted in ((V5E, "table for v5e"), (V6E, "table for v6e"), ("TPU v4", "own rule")):
         assert reason(AbstractDevice(kind, 1, platform="tpu")).endswith(wanted)
-    assert reason("tpu").endswith("table for v5e")
+    assert reason("tpu").endswith("own rule")
     bias = jax.ShapeDtypeStruct(SIZES[1:2], jnp.float32)
-    assert reason("tpu", bias=bias).endswith("own rule")
+    v5e = AbstractDevice(V5E, 1, platform="tpu")
+    assert reason(v5e, bias=bias).endswith("own rule")
     assert "blocks" not in reason("cpu")
 
 
@@ -179,5 +181,6 @@ def test_the_files_are_in_the_package():
         values = json.loads((found / name).read_text("utf-8"))
         assert name == f"tpu_{values['chip']}.json"
     assert set(table.tables()) == {"v5e", "v6e"}
-    assert lookup.table_for(V5E).chip == lookup.table_for(None).chip == tuning.SAFE_CHIP
+    assert lookup.table_for(V5E).chip == "v5e"
     assert lookup.table_for(V6E).chip == "v6e"
+    assert lookup.table_for(None) is None

@@ -181,4 +181,4 @@ def test_blocks_of_an_entry_change_no_value(entry):
 
 def test_tables_are_read_once():
     assert table.tables() is table.tables()
-    assert lookup.table_for(None) is lookup.table_for("TPU v5 lite")
+    assert lookup.table_for("TPU v5e") is lookup.table_for("TPU v5 lite")
