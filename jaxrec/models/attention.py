@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Int
 from jaxrec import ops
 from jaxrec.models.cache import KeysAndValues, LayerCache, append, into_slots
 from jaxrec.models.config import PositionalKernelConfig, Structure, TransformerConfig
-from jaxrec.models.layers import Keys, Linear
+from jaxrec.models.layers import Keys, Linear, initial
 
 # T5's buckets: distances below 16 have one each, those from 128 on share the last.
 _T5_BUCKETS, _T5_MAX_DISTANCE = 32, 128
@@ -124,7 +124,7 @@ class DistanceBias(nnx.Module):
 
     def __init__(self, config: TransformerConfig, *, length: int, rngs: nnx.Rngs) -> None:
         def table(*shape: int) -> nnx.Param:
-            return nnx.Param(config.init_scale * jax.random.normal(rngs.params(), shape))
+            return initial(shape, scale=config.init_scale, rngs=rngs)
 
         self.config = config
         self.table = {

@@ -83,8 +83,9 @@ class TransformerConfig(ModelConfig):
     normalize: bool = False
     """States and item vectors are scaled to length 1 before they are multiplied, so that scores are
     cosines; the loss then needs a temperature."""
-    init_scale: float = 0.02
-    """Standard deviation of the normal initialisation."""
+    init_scale: float | None = 0.02
+    """Standard deviation of the normal initialisation; none for Xavier's of each matrix,
+    sqrt(2 / (rows + columns))."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of activations; parameters are float32."""
 
@@ -131,7 +132,7 @@ def check_numbers(config: Any) -> None:
     """Raises UserError for an impossible norm_epsilon, init_scale or dropout."""
     if not config.norm_epsilon > 0:
         raise UserError(f"config: model.norm_epsilon must be positive, got {config.norm_epsilon}")
-    if not config.init_scale >= 0:
+    if config.init_scale is not None and not config.init_scale >= 0:
         raise UserError(f"config: model.init_scale must not be negative, got {config.init_scale}")
     if not 0 <= config.dropout < 1:
         raise UserError(f"config: model.dropout must be in [0, 1), got {config.dropout}")
@@ -227,8 +228,9 @@ class HSTUConfig(ModelConfig):
     untied: bool = False
     """Score with a second table of item vectors instead of the one at the input."""
     norm_epsilon: float = 1e-6
-    init_scale: float = 0.02
-    """Standard deviation of the normal initialisation."""
+    init_scale: float | None = 0.02
+    """Standard deviation of the normal initialisation; none for Xavier's of each matrix,
+    sqrt(2 / (rows + columns))."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of activations; parameters are float32."""
 

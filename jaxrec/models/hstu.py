@@ -19,7 +19,7 @@ from jaxrec.models.cache import (
     nan_where_full,
 )
 from jaxrec.models.config import HSTUConfig
-from jaxrec.models.layers import Keys, LayerNorm, Linear, maybe_dropout, unit_rows
+from jaxrec.models.layers import Keys, LayerNorm, Linear, initial, maybe_dropout, unit_rows
 from jaxrec.models.sequence_model import SequenceModel, zero_padding
 
 # Meta's runs pad sequences to the longest history plus ten outputs plus one.
@@ -31,7 +31,7 @@ class RelativeBias(nnx.Module):
 
     def __init__(self, config: HSTUConfig, *, max_length: int, rngs: nnx.Rngs) -> None:
         def table(length: int) -> nnx.Param:
-            return nnx.Param(config.init_scale * jax.random.normal(rngs.params(), (length,)))
+            return initial((length,), scale=config.init_scale, rngs=rngs)
 
         self.position = table(2 * max_length - 1) if "position" in config.bias else None
         self.time = table(config.time_buckets + 1) if "time" in config.bias else None
@@ -70,10 +70,7 @@ class Unit(nnx.Module):
         normed = self.value_width if config.group_norm else values
         self.output_norm = LayerNorm(normed, epsilon=epsilon, affine=config.norm_affine)
         inner = 3 * values if config.concat else values
-        # Xavier's uniform initialisation, by its standard deviation.
-        self.output = Linear(
-            inner, width, init_scale=(2.0 / (inner + width)) ** 0.5, uniform=True, rngs=rngs
-        )
+        self.output = Linear(inner, width, init_scale=None, uniform=True, rngs=rngs)
 
     def __call__(self, x: Array, keys: Keys, **masks: Any) -> Array:
         gate, query, key, value = self.projections(x)

@@ -10,29 +10,42 @@ from jax import Array
 from jaxrec.ops import dropout, layer_norm
 
 
-class Linear(nnx.Module):
-    """y = x W + b with W ~ N(0, init_scale) and b = 0; parameters float32, output in x's dtype.
+def initial(
+    shape: tuple[int, ...], *, scale: float | None, uniform: bool = False, rngs: nnx.Rngs
+) -> nnx.Param:
+    """A parameter of random numbers with mean 0.
 
-    With `uniform`, W is uniform with the same standard deviation instead.
+    Args:
+      shape: [rows, columns] of a matrix or a table, or [rows].
+      scale: standard deviation; None for Xavier's (Glorot and Bengio 2010),
+        sqrt(2 / (rows + columns)), with one column for a vector.
+      uniform: uniform numbers of that standard deviation instead of normal ones.
+      rngs: the source.
     """
+    if scale is None:
+        rows, columns = (*shape, 1)[:2]
+        scale = (2.0 / (rows + columns)) ** 0.5
+    if uniform:
+        bound = scale * 3**0.5
+        return nnx.Param(jax.random.uniform(rngs.params(), shape, minval=-bound, maxval=bound))
+    return nnx.Param(scale * jax.random.normal(rngs.params(), shape))
+
+
+class Linear(nnx.Module):
+    """y = x W + b; W random (`initial`), b = 0; parameters float32, output in x's dtype."""
 
     def __init__(
         self,
         features_in: int,
         features_out: int,
         *,
-        init_scale: float,
+        init_scale: float | None,
         use_bias: bool = True,
         uniform: bool = False,
         rngs: nnx.Rngs,
     ) -> None:
         shape = (features_in, features_out)
-        if uniform:
-            bound = init_scale * 3**0.5
-            kernel = jax.random.uniform(rngs.params(), shape, minval=-bound, maxval=bound)
-        else:
-            kernel = init_scale * jax.random.normal(rngs.params(), shape)
-        self.kernel = nnx.Param(kernel)
+        self.kernel = initial(shape, scale=init_scale, uniform=uniform, rngs=rngs)
         self.bias = nnx.Param(jnp.zeros(features_out)) if use_bias else None
 
     def __call__(self, x: Array) -> Array:

@@ -9,7 +9,7 @@ from jax import Array
 from jaxtyping import Bool, Float, Int
 
 from jaxrec import ops
-from jaxrec.models.layers import Keys, activation_dtype, maybe_dropout, unit_rows
+from jaxrec.models.layers import Keys, activation_dtype, initial, maybe_dropout, unit_rows
 
 
 class SequenceModel(nnx.Module):
@@ -36,8 +36,7 @@ class SequenceModel(nnx.Module):
 
     def __init__(self, config: Any, *, num_items: int, max_length: int, rngs: nnx.Rngs) -> None:
         def table(rows: int) -> nnx.Param:
-            shape = (rows, config.width)
-            return nnx.Param(config.init_scale * jax.random.normal(rngs.params(), shape))
+            return initial((rows, config.width), scale=config.init_scale, rngs=rngs)
 
         self.config = config
         self.max_length = max_length

@@ -358,6 +358,28 @@ def test_initial_parameters():
     assert np.abs(two[0] - two[1]).max() > 0.1
 
 
+def test_without_a_scale_each_matrix_has_xaviers():
+    config = replace(BASE, width=64, blocks=1, init_scale=None, position="additive")
+    config = replace(config, feed_forward=256)
+    model = build_model(config, num_items=1000, max_length=100, seed=0)
+    parameters, _ = split_model(model)
+    for name, shape in {
+        "item_embedding": (1000, 64),
+        "position_embedding": (100, 64),
+        "blocks.0.query.kernel": (64, 64),
+        "blocks.0.expand.kernel": (64, 256),
+        "blocks.0.contract.kernel": (256, 64),
+    }.items():
+        assert parameters[name].shape == shape
+        wanted = (2 / sum(shape)) ** 0.5
+        assert abs(float(jnp.std(parameters[name])) / wanted - 1) < 0.05, name
+    vectors = replace(config, position="relative", init_scale=None)
+    parameters, _ = split_model(build_model(vectors, num_items=20, max_length=999, seed=0))
+    table = next(value for name, value in parameters.items() if name.endswith("table"))
+    assert table.shape == (999,)
+    assert abs(float(jnp.std(table)) / (2 / 1000) ** 0.5 - 1) < 0.1
+
+
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
