@@ -6,6 +6,7 @@ from jax import lax
 
 from jaxrec.ops import _catalogue
 from jaxrec.ops._catalogue import Rows
+from jaxrec.ops._dispatch import platform_switch
 
 _F32 = jnp.float32
 _LOWEST = -jnp.inf
@@ -34,8 +35,7 @@ def of_catalogue(
         allow = None if allowed is None else rows.take(allowed)
 
         def some_items(columns: Rows, best: Best) -> Best:
-            dims = (((1,), (1,)), ((), ()))
-            scores = lax.dot_general(h, columns.take(table), dims, preferred_element_type=_F32)
+            scores = _scores(h, table, columns)
             if column is not None:
                 scores = scores + columns.take(column)[None, :]
             out = jnp.isnan(scores) | ~columns.fresh[None, :]
@@ -84,6 +84,23 @@ def of_lists(
         return rows.put(result[0], best[0]), rows.put(result[1], best[1])
 
     return _catalogue.over_rows(hidden.shape[0], row_block, some_rows, _nothing(hidden, k))
+
+
+def _scores(h: jax.Array, table: jax.Array, columns: Rows) -> jax.Array:
+    """float32[rows, block]: products of the rows with one block of the table."""
+
+    def by_rows(h: jax.Array, table: jax.Array, start: jax.Array) -> jax.Array:
+        block = columns._replace(start=start).take(table)
+        return lax.dot_general(h, block, (((1,), (1,)), ((), ())), preferred_element_type=_F32)
+
+    def by_columns(h: jax.Array, table: jax.Array, start: jax.Array) -> jax.Array:
+        # A narrow table lies in a TPU's memory with its items along the lanes. Cut there, it stays
+        # so; without the barrier the compiler turns the whole of it, to twice the size.
+        turned = lax.optimization_barrier(table.T)
+        block = lax.dynamic_slice_in_dim(turned, start, columns.size, 1)
+        return lax.dot_general(h, block, (((1,), (0,)), ((), ())), preferred_element_type=_F32)
+
+    return platform_switch(by_rows, {"tpu": by_columns}, h, table, columns.start)
 
 
 def _nothing(like: jax.Array, k: int) -> Best:

@@ -15,7 +15,7 @@ from attention_cases import close, draw, gradients_of, qkv
 from oracles import hstu as oracle
 
 from jaxrec import ops
-from jaxrec.ops import _attention_mix_tables, _hstu_rows, _time_buckets
+from jaxrec.ops import _attention_mix_tables, _catalogue_top_k, _hstu_rows, _time_buckets
 
 WITH_FORMS = (_attention_mix_tables, _hstu_rows, _time_buckets)
 
@@ -144,3 +144,22 @@ def test_hstu_as_accelerators_compute_it(rng, on_an_accelerator, length):
     wanted = oracle.hstu_attention(*arrays, d_out, **options)
     for name, got, want in zip(("q", "k", "v", "p", "t"), gradients, wanted, strict=True):
         close(got, want, 2e-5, name)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_best_items_as_a_tpu_scores_them(rng, monkeypatch, dtype):
+    """The table is cut along its turned columns; the last block of 8 begins early."""
+    asked = []
+
+    def on_a_tpu(default, kernels, *operands):
+        asked.append(default)
+        return kernels["tpu"](*operands)
+
+    monkeypatch.setattr(_catalogue_top_k, "platform_switch", on_a_tpu)
+    hidden, table = (draw(rng, *shape).astype(dtype) for shape in ((5, 3), (29, 3)))
+    scores, ids = ops.top_k_items(jnp.asarray(hidden), jnp.asarray(table), 4, item_block=8)
+    assert asked
+    wanted = np.float64(hidden) @ np.float64(table).T
+    order = np.argsort(-wanted, axis=1, kind="stable")[:, :4]
+    np.testing.assert_array_equal(ids, order)
+    close(scores, np.take_along_axis(wanted, order, 1), 1e-6)
