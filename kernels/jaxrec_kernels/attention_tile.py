@@ -5,7 +5,7 @@ product that backward needs is a plain one or has a narrow operand transposed, n
 """
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import Array, lax
@@ -14,8 +14,6 @@ _F32 = jnp.float32
 # Logits are in units of log 2.
 LOG2E = math.log2(math.e)
 MASKED = -1e30
-# The id of no sequence: the slot is padding.
-NOBODY = -(2**31)
 
 
 def dot(a: Array, b: Array, contract: tuple[int, int]) -> Array:
@@ -31,24 +29,19 @@ def logits_of(key: Array, query: Array, factor: float, mask: Array | None) -> Ar
     return logits if mask is None else jnp.where(mask, logits, _F32(MASKED))
 
 
-def visible(
-    shape: tuple[int, int], *, diagonal: bool, key_ids: Any = None, query_ids: Any = None
-) -> Array | None:
+def visible(shape: tuple[int, int], *, diagonal: bool, same: Array | None = None) -> Array | None:
     """bool[keys, queries], or None where every query of the tile sees all of its keys.
 
     Args:
       shape: of the tile.
       diagonal: keys and queries begin at the same slot.
-      key_ids: int32[keys, 1], with `query_ids` int32[1, queries]: who must be the same.
+      same: bool[keys, queries], which are of one sequence; None for all.
     """
-    mask = None
-    if diagonal:
-        key, query = (lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (0, 1))
-        mask = key <= query
-    if key_ids is not None:
-        same = key_ids == query_ids
-        mask = same if mask is None else mask & same
-    return mask
+    if not diagonal:
+        return same
+    key, query = (lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (0, 1))
+    earlier = key <= query
+    return earlier if same is None else earlier & same
 
 
 class Softmax(NamedTuple):

@@ -18,6 +18,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
+from jaxrec_kernels import LANES
 from jaxrec_kernels.hstu_attention import facts as _facts
 from jaxrec_kernels.hstu_attention import tile as _tile
 from jaxrec_kernels.hstu_attention.biases import (
@@ -37,7 +38,7 @@ from jaxrec_kernels.hstu_attention.operands import (
     flat_like,
     meets,
 )
-from jaxrec_kernels.hstu_attention.plan import BACKWARD, BUCKETS, LANES, SUBLANES, Plan, up_to
+from jaxrec_kernels.hstu_attention.plan import BACKWARD, BUCKETS, SUBLANES, Plan, up_to
 from jaxrec_kernels.hstu_attention.step import (
     Index,
     Settings,

@@ -9,8 +9,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array
 
+from jaxrec_kernels import LANES
 from jaxrec_kernels.hstu_attention import tile as _tile
-from jaxrec_kernels.hstu_attention.plan import LANES
 from jaxrec_kernels.hstu_attention.step import Index, Step, over, over_chunks, over_tiles, slots
 
 

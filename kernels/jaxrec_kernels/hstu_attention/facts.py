@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from jaxrec_kernels.hstu_attention.plan import LANES
+from jaxrec_kernels import LANES
 from jaxrec_kernels.hstu_attention.tile import NEVER, Events
 
 

@@ -11,8 +11,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array
 
+from jaxrec_kernels import LANES
 from jaxrec_kernels.hstu_attention.operands import Operands
-from jaxrec_kernels.hstu_attention.plan import LANES, Plan, up_to
+from jaxrec_kernels.hstu_attention.plan import Plan, up_to
 from jaxrec_kernels.hstu_attention.step import Index, Step, over_chunks, slots
 from jaxrec_kernels.hstu_attention.tile import only_lanes
 

@@ -11,16 +11,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array
 
-from jaxrec_kernels import compat
+from jaxrec_kernels import LANES, compat
 from jaxrec_kernels.hstu_attention import facts as _facts
-from jaxrec_kernels.hstu_attention.plan import (
-    DEFAULT_BYTES,
-    LANES,
-    SPARE_BYTES,
-    SUBLANES,
-    Plan,
-    up_to,
-)
+from jaxrec_kernels.hstu_attention.plan import DEFAULT_BYTES, SPARE_BYTES, SUBLANES, Plan, up_to
 from jaxrec_kernels.hstu_attention.step import Index, Settings
 
 

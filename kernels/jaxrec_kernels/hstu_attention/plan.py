@@ -3,10 +3,9 @@
 from functools import partial
 from typing import Any, NamedTuple
 
-from jaxrec_kernels import tuning
+from jaxrec_kernels import LANES, tuning
 
 FORWARD, BACKWARD = "hstu_attention_forward", "hstu_attention_backward"
-LANES = 128
 # Of a row that is cut; a shorter one is a block by itself.
 LARGEST_BLOCK = 512
 # That a tuning table may ask for.

@@ -14,8 +14,9 @@ from typing import Any, NamedTuple
 from jax import lax
 from jax.experimental import pallas as pl
 
+from jaxrec_kernels import LANES
 from jaxrec_kernels.hstu_attention.facts import Fields, fields_of
-from jaxrec_kernels.hstu_attention.plan import LANES, Plan, size_of, tuned_plan
+from jaxrec_kernels.hstu_attention.plan import Plan, size_of, tuned_plan
 
 # The scalar memory holds so many blocks' least and largest segment ids.
 _MOST_RANGES = 1 << 15

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxrec_kernels.hstu_attention.plan import LANES
+from jaxrec_kernels import LANES
 
 # What stands for the bias of a pair that is not seen; no sum of two learned biases comes near it.
 HIDDEN = -3.0e38

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from jaxrec_kernels.linear_cross_entropy.tiling import LANES
+from jaxrec_kernels import LANES
 
 
 class Layout(NamedTuple):

@@ -3,10 +3,9 @@
 from functools import partial
 from typing import Any, NamedTuple
 
-from jaxrec_kernels import tuning
+from jaxrec_kernels import LANES, tuning
 
 FORWARD, BACKWARD = "linear_cross_entropy_forward", "linear_cross_entropy_backward"
-LANES = 128
 WIDEST = 256
 _POSITIONS = 512
 # With less, beginning and ending the kernels' pipelines takes longer than XLA's whole form.

@@ -18,7 +18,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from jaxrec_kernels import compat
+from jaxrec_kernels import LANES, compat
 from jaxrec_kernels.linear_cross_entropy.layout import (
     Layout,
     across,
@@ -27,7 +27,7 @@ from jaxrec_kernels.linear_cross_entropy.layout import (
     precision_for,
     product,
 )
-from jaxrec_kernels.linear_cross_entropy.tiling import BACKWARD, LANES, Blocks, tuned_blocks
+from jaxrec_kernels.linear_cross_entropy.tiling import BACKWARD, Blocks, tuned_blocks
 
 _F32 = jnp.float32
 

@@ -22,7 +22,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from jaxrec_kernels import compat
+from jaxrec_kernels import LANES, compat
 from jaxrec_kernels.linear_cross_entropy.layout import (
     Layout,
     across,
@@ -32,7 +32,7 @@ from jaxrec_kernels.linear_cross_entropy.layout import (
     precision_for,
     product,
 )
-from jaxrec_kernels.linear_cross_entropy.tiling import FORWARD, LANES, Blocks, tuned_blocks
+from jaxrec_kernels.linear_cross_entropy.tiling import FORWARD, Blocks, tuned_blocks
 
 _F32 = jnp.float32
 # Exponentials at a time without a product beside them: more do not fit in the registers.

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.experimental.pallas import tpu as pltpu
 
-from jaxrec_kernels.attention_tile import LOG2E, NOBODY, dot, logits_of, through_softmax
+from jaxrec_kernels.attention_tile import LOG2E, dot, logits_of, through_softmax
 from jaxrec_kernels.long_attention.call import (
     Call,
     Settings,
@@ -23,6 +23,7 @@ from jaxrec_kernels.long_attention.call import (
     to_slabs,
 )
 from jaxrec_kernels.long_attention.plan import by_key, plan_of
+from jaxrec_kernels.slot_ids import NOBODY
 
 _F32 = jnp.float32
 
@@ -91,7 +92,7 @@ def _step(step: Step) -> None:
     refs, i, j = step.refs, step.query_block, step.key_block
 
     def start() -> None:
-        step.read_key_ids()
+        step.fill_key_ids()
         for name in ("key", "value"):
             refs[name][...] = step.clean_keys(name[0])
         refs["key_down"][...] = jnp.transpose(refs["key"][...])
@@ -128,6 +129,7 @@ def _write_queries(step: Step) -> None:
 
 def _pair(step: Step, diagonal: bool) -> None:
     refs = step.refs
+    step.fill_query_ids()
     refs["query"][...] = step.clean_queries("q")
     refs["d_out"][...] = step.clean_queries("do")
     number = 0

@@ -8,10 +8,11 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from jaxrec_kernels import compat
+from jaxrec_kernels import LANES, compat
 from jaxrec_kernels.attention_dropout import keep_bits
-from jaxrec_kernels.attention_tile import NOBODY, visible
-from jaxrec_kernels.long_attention.plan import LANES, Order, Plan
+from jaxrec_kernels.attention_tile import visible
+from jaxrec_kernels.long_attention.plan import Order, Plan
+from jaxrec_kernels.slot_ids import NOBODY, SlotIds, down_buffer, same
 
 _F32 = jnp.float32
 # The scalar memory holds so many blocks' least and largest ids.
@@ -82,7 +83,8 @@ class Call:
             shape = (1, 1, block)
             self.read("query_ids", masks.ids, shape, lambda row, _, i, j: (row, 0, i))
             self.read("key_ids", masks.ids, shape, lambda row, _, i, j: (row, 0, j))
-            self.scratch["key_ids_down"] = pltpu.VMEM((block, 1), jnp.int32)
+            for name in ("query_ids", "key_ids"):
+                self.scratch[f"{name}_down"] = down_buffer(block)
         if masks.ranges is not None:
             self.inputs["ranges"] = _Operand(masks.ranges, None, None)
 
@@ -193,37 +195,39 @@ class Step:
         (low, high), (low_key, high_key) = ends(self.query_block), ends(self.key_block)
         return (low <= high_key) & (low_key <= high)
 
-    def read_key_ids(self) -> None:
-        """Once for a block of keys, before its tiles are masked."""
+    @property
+    def query_ids(self) -> SlotIds:
+        return SlotIds(self.refs["query_ids"].at[0], self.refs["query_ids_down"])
+
+    @property
+    def key_ids(self) -> SlotIds:
+        return SlotIds(self.refs["key_ids"].at[0], self.refs["key_ids_down"])
+
+    def fill_query_ids(self) -> None:
+        """Once for a block of queries, before it is cleaned."""
         if self.masked:
-            self.refs["key_ids_down"][...] = self.down("key_ids")
+            self.query_ids.fill()
 
-    def down(self, name: str) -> Array:
-        """int32[block, 1]."""
-        ids = self.refs[name][0]
-        return jnp.transpose(jnp.broadcast_to(ids, (8, self.plan.block)))[:, :1]
-
-    def clean(self, name: str, ids: Any) -> Array:
-        """[block, lanes], zero where there is nobody; `ids` down the sublanes."""
-        x = self.refs[name][0]
-        return jnp.where(ids != NOBODY, x, jnp.zeros((), x.dtype)) if self.masked else x
+    def fill_key_ids(self) -> None:
+        """Once for a block of keys, before it is cleaned or its tiles are masked."""
+        if self.masked:
+            self.key_ids.fill()
 
     def clean_queries(self, name: str) -> Array:
-        return self.clean(name, self.down("query_ids") if self.masked else None)
+        """[block, lanes], zero where there is nobody."""
+        x = self.refs[name][0]
+        return self.query_ids.clean(x) if self.masked else x
 
     def clean_keys(self, name: str) -> Array:
-        return self.clean(name, self.refs["key_ids_down"][...] if self.masked else None)
+        x = self.refs[name][0]
+        return self.key_ids.clean(x) if self.masked else x
 
     def mask(self, keys: slice, queries: slice, diagonal: bool) -> Array | None:
         shape = (keys.stop - keys.start, queries.stop - queries.start)
         if not self.masked:
             return visible(shape, diagonal=diagonal)
-        return visible(
-            shape,
-            diagonal=diagonal,
-            key_ids=self.refs["key_ids_down"][keys],
-            query_ids=self.refs["query_ids"][0, :, queries],
-        )
+        mine = same(self.key_ids, keys, self.query_ids, queries)
+        return visible(shape, diagonal=diagonal, same=mine)
 
     def keep(self, keys: slice, queries: slice, head: int) -> Array | None:
         """The factor of dropout: 0, or 1 / (1 - rate); None without dropout."""

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.experimental.pallas import tpu as pltpu
 
-from jaxrec_kernels.attention_tile import MASKED, NOBODY, Softmax, absorb, logits_of
+from jaxrec_kernels.attention_tile import MASKED, Softmax, absorb, logits_of
 from jaxrec_kernels.long_attention.call import (
     Call,
     Settings,
@@ -87,7 +87,7 @@ def _step(step: Step) -> None:
 
 
 def _pair(step: Step, diagonal: bool) -> None:
-    step.read_key_ids()
+    step.fill_key_ids()
     step.refs["value_down"][...] = jnp.transpose(step.clean_keys("v"))
     number = 0
     for queries, head in itertools.product(tiles(0, step.plan.block), range(step.plan.slab_heads)):
@@ -119,6 +119,7 @@ def _state(step: Step, head: int, queries: slice) -> Softmax:
 
 
 def _finish(step: Step) -> None:
+    step.fill_query_ids()
     for number, queries in enumerate(tiles(0, step.plan.block)):
         step.alone(number, partial(_finish_queries, step, queries))
 
@@ -131,7 +132,5 @@ def _finish_queries(step: Step, queries: slice) -> None:
         refs["lse"][0, 0, head : head + 1, queries] = state.log_sum_exp
     out = jnp.transpose(parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=0))
     if step.masked:
-        ids = refs["query_ids"][0, :, queries]
-        down = jnp.transpose(jnp.broadcast_to(ids, (8, queries.stop - queries.start)))[:, :1]
-        out = jnp.where(down != NOBODY, out, _F32(0))
+        out = step.query_ids.clean(out, queries)
     refs["o"][0, queries] = out.astype(refs["o"].dtype)

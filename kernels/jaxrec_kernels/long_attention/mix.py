@@ -13,16 +13,11 @@ import jax.numpy as jnp
 from jax import Array
 from jax.experimental.pallas import tpu as pltpu
 
-from jaxrec_kernels.attention_tile import NOBODY, dot
+from jaxrec_kernels import LANES
+from jaxrec_kernels.attention_tile import dot
 from jaxrec_kernels.long_attention.call import Call, Settings, Step, flat, masks_of, tiles
-from jaxrec_kernels.long_attention.plan import (
-    LANES,
-    Plan,
-    by_distance,
-    by_key,
-    by_query,
-    plan_of,
-)
+from jaxrec_kernels.long_attention.plan import Plan, by_distance, by_key, by_query, plan_of
+from jaxrec_kernels.slot_ids import same
 
 _F32 = jnp.float32
 # Of heads that share an operator; of their sums, so many at once stay in registers.
@@ -134,8 +129,7 @@ def _mix_step(operator: Operator, reach: int, turned: bool, step: Step) -> None:
         if step.settings.factor != 1.0:
             out = out * _F32(step.settings.factor)
         if step.masked:
-            ids = step.down("key_ids" if turned else "query_ids")
-            out = jnp.where(ids != NOBODY, out, _F32(0))
+            out = (step.key_ids if turned else step.query_ids).clean(out)
         refs["out"][0] = out.astype(refs["out"].dtype)
 
     add = partial(_add, operator, turned, step)
@@ -161,30 +155,28 @@ def _mix_step(operator: Operator, reach: int, turned: bool, step: Step) -> None:
 
 def _add(operator: Operator, turned: bool, step: Step, *, diagonal: bool) -> None:
     refs, plan = step.refs, step.plan
+    step.fill_query_ids()
+    step.fill_key_ids()
     if step.masked:
-        step.read_key_ids()
         refs["clean"][...] = step.clean_queries("x") if turned else step.clean_keys("x")
-    down = "key_ids" if turned else "query_ids"
-    ids_down = step.down(down) if operator.segmented else None
     for number, rows in enumerate(tiles(0, plan.block)):
         across = slice(0, plan.block)
         if diagonal:
             across = slice(rows.start, plan.block) if turned else slice(0, rows.stop)
-        run = partial(_add_rows, operator, turned, step, ids_down, rows, across)
+        run = partial(_add_rows, operator, turned, step, rows, across)
         step.alone(number, run)
 
 
-def _add_rows(
-    operator: Operator, turned: bool, step: Step, ids_down: Any, rows: slice, across: slice
-) -> None:
+def _add_rows(operator: Operator, turned: bool, step: Step, rows: slice, across: slice) -> None:
     refs, plan = step.refs, step.plan
     x = refs["clean"] if step.masked else refs["x"].at[0]
     for head in range(plan.slab_heads if operator.groups > 1 else 1):
         at = (0, head) if operator.toeplitz else (head,)
         part = refs["operator"][(*at, rows, across)]
-        if ids_down is not None:
-            along = refs["query_ids" if turned else "key_ids"][0, :, across]
-            part = jnp.where(ids_down[rows] == along, part, jnp.zeros((), part.dtype))
+        if operator.segmented:
+            ids = (step.query_ids, step.key_ids)
+            down, along = ids[::-1] if turned else ids
+            part = jnp.where(same(down, rows, along, across), part, jnp.zeros((), part.dtype))
         for start in range(0, plan.lanes, _LANES_AT_ONCE):
             lanes = slice(start, min(start + _LANES_AT_ONCE, plan.lanes))
             mine = x[across, lanes]
@@ -239,24 +231,22 @@ def _gradient_step(operator: Operator, step: Step) -> None:
 
 def _add_outer(operator: Operator, step: Step, *, diagonal: bool) -> None:
     refs, plan = step.refs, step.plan
+    step.fill_query_ids()
+    step.fill_key_ids()
     if step.masked:
-        step.read_key_ids()
         refs["clean_x"][...] = step.clean_keys("x")
         refs["clean_g"][...] = step.clean_queries("g")
-    ids_down = step.down("query_ids") if operator.segmented else None
     number = 0
     for columns in tiles(0, plan.block):
         for head in range(plan.slab_heads if operator.groups > 1 else 1):
             for start in range(columns.start if diagonal else 0, plan.block, _ROWS_AT_ONCE):
                 rows = slice(start, min(start + _ROWS_AT_ONCE, plan.block))
                 number += 1
-                run = partial(_add_outer_part, operator, step, head, ids_down, rows, columns)
+                run = partial(_add_outer_part, operator, step, head, rows, columns)
                 step.alone(number, run)
 
 
-def _add_outer_part(
-    operator: Operator, step: Step, head: int, ids_down: Any, rows: slice, columns: slice
-) -> None:
+def _add_outer_part(operator: Operator, step: Step, head: int, rows: slice, columns: slice) -> None:
     refs = step.refs
     x, g = (refs[f"clean_{name}"] if step.masked else refs[name].at[0] for name in ("x", "g"))
     g = g[rows]
@@ -264,7 +254,7 @@ def _add_outer_part(
         g = step.member(head, g)
     at = (0, head) if operator.toeplitz else (head,)
     part = dot(g, x[columns], (1, 1))
-    if ids_down is not None:
-        same = ids_down[rows] == refs["key_ids"][0, :, columns]
-        part = jnp.where(same, part, _F32(0))
+    if operator.segmented:
+        mine = same(step.query_ids, rows, step.key_ids, columns)
+        part = jnp.where(mine, part, _F32(0))
     refs["out"][(*at, rows, columns)] += part

@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
-from jaxrec_kernels import tuning
-from jaxrec_kernels.positional_kernel_attention import LANES, heads_of_slab
+from jaxrec_kernels import LANES, tuning
+from jaxrec_kernels.positional_kernel_attention import heads_of_slab
 
 # A row is cut into equal blocks of whole tiles, this long at most.
 _LARGEST_BLOCK = 512

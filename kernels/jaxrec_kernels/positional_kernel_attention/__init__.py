@@ -2,10 +2,11 @@
 
 from typing import Any
 
+from jaxrec_kernels import LANES
+
 # Squares up to this side stay in VMEM with everything that is computed from them; longer rows are
 # for `jaxrec_kernels.long_attention`, as long as a row's gradient of queries stays there.
 LONGEST_WHOLE, LONGEST = 1024, 16384
-LANES = 128
 
 
 def heads_of_slab(heads: int, head_dim: int) -> int | None:

@@ -1,12 +1,10 @@
 """Attention of one slab: weights from mixed keys, forward and backward."""
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.experimental import pallas as pl
 
 from jaxrec_kernels.attention_dropout import keep_bits
 from jaxrec_kernels.attention_tile import (
@@ -21,18 +19,22 @@ from jaxrec_kernels.attention_tile import (
 from jaxrec_kernels.positional_kernel_attention.mixing import Mixed, backward_mix, mix_both
 from jaxrec_kernels.positional_kernel_attention.slab import Slab, kept, only
 from jaxrec_kernels.positional_kernel_attention.spec import Member, key_tiles, query_blocks
+from jaxrec_kernels.slot_ids import same
 
 _F32 = jnp.float32
+
+Tile = tuple[int, int]
 
 
 class _Weights:
     """How the weights of a member's tile follow from its logits."""
 
-    def __init__(self, slab: Slab, member: Member, first_head: Any, batch_row: Any) -> None:
+    def __init__(self, slab: Slab, member: Member) -> None:
         self.spec, self.ids = slab.spec, slab.ids[member.row]
         self.seeds: Any = slab.refs.get("seeds")
         # Where the member's rows of weights begin among all of the batch.
-        whole = (batch_row + member.row) * self.spec.heads + first_head + member.head
+        row, head = slab.batch_row + member.row, slab.first_head + member.head
+        whole = row * self.spec.heads + head
         self.start = whole * self.spec.length
 
     def visible(self, keys: tuple[int, int], queries: tuple[int, int]) -> Array | None:
@@ -41,12 +43,8 @@ class _Weights:
         shape, diagonal = (keys[1] - keys[0], queries[1] - queries[0]), keys[0] == queries[0]
         if self.ids is None:
             return visible(shape, diagonal=diagonal)
-        return visible(
-            shape,
-            diagonal=diagonal,
-            key_ids=self.ids.sublanes[slice(*keys)],
-            query_ids=self.ids.lanes[:, slice(*queries)],
-        )
+        mine = same(self.ids, slice(*keys), self.ids, slice(*queries))
+        return visible(shape, diagonal=diagonal, same=mine)
 
     def kept(self, keys: tuple[int, int], queries: tuple[int, int]) -> Array | None:
         """float32[keys, queries], the factor of dropout: 0, or 1 / (1 - rate)."""
@@ -59,40 +57,56 @@ class _Weights:
         return jnp.where(keep, _F32(1 / (1 - rate)), _F32(0))
 
 
-def forward_slab(slab: Slab, first_head: Any, batch_row: Any) -> None:
+def forward_slab(slab: Slab) -> None:
     spec = slab.spec
     _, k, v = map(slab.read, "qkv")
     mixed = mix_both(slab, k, v)
     slab.keep("value_down", jnp.transpose(mixed.value[...]))
     for queries in query_blocks(spec.length):
         for member in spec.members:
-            weights_of = _Weights(slab, member, first_head, batch_row)
-            run = functools.partial(_forward_member, slab, member, queries, mixed, weights_of)
-            _alone(batch_row < spec.batch + queries[0] + member.first, run)
+            for lot in key_tiles(queries[1]):
+                slab.alone(functools.partial(_forward_member, slab, member, queries, lot, mixed))
         at = slice(*queries)
         slab.write_turned("o", slab.refs[kept("out")][:, : at.stop - at.start], at)
 
 
 def _forward_member(
-    slab: Slab, member: Member, queries: tuple[int, int], mixed: "Mixed", weights_of: _Weights
+    slab: Slab, member: Member, queries: Tile, lot: list[Tile], mixed: "Mixed"
 ) -> None:
+    """Some queries of a member meet some tiles of keys; those before them are in the state."""
     spec, refs, at = slab.spec, slab.refs, slice(*queries)
+    weights_of = _Weights(slab, member)
     values = refs[kept("value_down")]
     query = only(spec, [member], refs[kept("q")][at])
+    here = slice(0, at.stop - at.start)
+    largest, total = refs[kept("largest")].at[:, here], refs[kept("total")].at[:, here]
+    out = refs[kept("out")].at[member.lanes, here]
     state: Softmax | None = None
-    for keys in key_tiles(queries[1]):
+    if lot[0][0] > 0:
+        state = Softmax(largest[...], total[...], out[...])
+    for keys in lot:
         mask = weights_of.visible(keys, queries)
         logits = logits_of(mixed.key[slice(*keys)], query, mixed.factor, mask)
         keep = weights_of.kept(keys, queries)
         state = absorb(state, logits, values[member.lanes, slice(*keys)], keep)
     assert state is not None
-    refs[kept("out")][member.lanes, : at.stop - at.start] = state.out / state.total
+    if lot[-1][1] < queries[1]:
+        largest[...], total[...], out[...] = state
+        return
+    out[...] = state.out / state.total
     refs["lse"][slab.first_row + member.row, member.here, at] = state.log_sum_exp
 
 
-def backward_slab(slab: Slab, first_head: Any, batch_row: Any) -> None:
+def backward_slab(slab: Slab) -> None:
     spec, refs = slab.spec, slab.refs
-    _, k, v, d_out, out = map(slab.read, ("q", "k", "v", "do", "o"))
+    _, k, v = map(slab.read, "qkv")
+    d_out, out = slab.refs[kept("do")], slab.refs[kept("o")]
+
+    def read() -> None:
+        slab.read("do")
+        slab.read("o")
+
+    slab.alone(read)
     mixed = mix_both(slab, k, v)
     slab.keep("key_down", jnp.transpose(mixed.key[...]))
     d_key, d_value, d_query = (refs[kept(name)] for name in ("d_key", "d_value", "d_query"))
@@ -103,33 +117,29 @@ def backward_slab(slab: Slab, first_head: Any, batch_row: Any) -> None:
         products = jnp.transpose(out[at].astype(_F32) * d_out[at].astype(_F32))
         for member in spec.members:
             delta = jnp.sum(products[member.lanes], axis=0, keepdims=True)
-            weights_of = _Weights(slab, member, first_head, batch_row)
-            run = functools.partial(
-                _backward_member, slab, member, queries, mixed, weights_of, delta
-            )
-            _alone(batch_row < spec.batch + queries[0] + member.first, run)
+            for lot in key_tiles(queries[1]):
+                slab.alone(
+                    functools.partial(_backward_member, slab, member, queries, lot, mixed, delta)
+                )
         # The mixed keys have the logits' factor in them already, in units of log 2.
         units = 1 / LOG2E if spec.logits.groups else spec.scale
         slab.write_turned("dq", d_query[:, : at.stop - at.start] * _F32(units), at)
     backward_mix(slab, "logit", spec.logits, k, d_key, spec.scale, "dk")
-    backward_mix(slab, "value", spec.values, v, d_value, 1.0, "dv")
+    slab.alone(lambda: backward_mix(slab, "value", spec.values, v, d_value, 1.0, "dv"))
 
 
 def _backward_member(
-    slab: Slab,
-    member: Member,
-    queries: tuple[int, int],
-    mixed: "Mixed",
-    weights_of: _Weights,
-    delta: Array,
+    slab: Slab, member: Member, queries: Tile, lot: list[Tile], mixed: "Mixed", delta: Array
 ) -> None:
     spec, refs, at = slab.spec, slab.refs, slice(*queries)
+    weights_of = _Weights(slab, member)
     names = ("q", "do", "key_down", "d_key", "d_value", "d_query")
     q, d_out, key_down, d_key, d_value, d_query = (refs[kept(name)] for name in names)
     query, d_mine = (only(spec, [member], x[at]) for x in (q, d_out))
     lse = refs["lse"][slab.first_row + member.row, member.here, at] * _F32(LOG2E)
-    total = None
-    for keys in key_tiles(queries[1]):
+    mine = d_query.at[member.lanes, : at.stop - at.start]
+    total = mine[...] if lot[0][0] > 0 else None
+    for keys in lot:
         these = slice(*keys)
         mask = weights_of.visible(keys, queries)
         logits = logits_of(mixed.key[these], query, mixed.factor, mask)
@@ -141,13 +151,4 @@ def _backward_member(
         d_key[these] += dot(d_logits, query, (1, 0))
         part = dot(key_down[member.lanes, these], d_logits, (1, 0))
         total = part if total is None else total + part
-    d_query[member.lanes, : at.stop - at.start] = total
-
-
-def _alone(always: Any, run: Callable[[], None]) -> None:
-    """Runs what the compiler must not begin earlier: it would, and spill what that gives.
-
-    It sees through a condition that it can prove, and joins what has the same one. On a v5e at
-    [128, 200, 1, 64] the schedule is a third shorter without this, but spills 280 registers a row.
-    """
-    pl.when(always)(run)
+    mine[...] = total

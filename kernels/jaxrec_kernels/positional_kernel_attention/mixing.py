@@ -1,16 +1,17 @@
 """The causal mix along the sequence, its transpose, and the gradient of its operator."""
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import Array
 
+from jaxrec_kernels import LANES
 from jaxrec_kernels.attention_tile import LOG2E, dot
-from jaxrec_kernels.positional_kernel_attention import LANES
-from jaxrec_kernels.positional_kernel_attention.slab import Ids, Slab, kept, only
+from jaxrec_kernels.positional_kernel_attention.slab import Slab, kept, only
 from jaxrec_kernels.positional_kernel_attention.spec import Member, Mix, query_blocks
+from jaxrec_kernels.slot_ids import SlotIds, same
 
 _F32 = jnp.float32
 
@@ -19,14 +20,14 @@ class _Operator(NamedTuple):
     """A mix as some members of a slab see it."""
 
     table: int
-    ids: Ids | None  # what its entries are masked by
+    ids: SlotIds | None  # what its entries are masked by
     members: list[Member]
 
     def masked(self, part: Array, rows: tuple[int, int], columns: tuple[int, int]) -> Array:
         if self.ids is None:
             return part
-        same = self.ids.sublanes[slice(*rows)] == self.ids.lanes[:, slice(*columns)]
-        return jnp.where(same, part, jnp.zeros((), part.dtype))
+        mine = same(self.ids, slice(*rows), self.ids, slice(*columns))
+        return jnp.where(mine, part, jnp.zeros((), part.dtype))
 
 
 def _operators(slab: Slab, mix: Mix) -> list[_Operator]:
@@ -47,41 +48,52 @@ def _first_column(start: int, band: int) -> int:
     return max(0, (start - band + 1) // LANES * LANES)
 
 
-def mix(slab: Slab, mix: Mix, table: Any, x: Any) -> Iterator[tuple[slice, Array]]:
-    """float32 rows of `out[j] = sum_{k <= j} T[j, k] x[k]`, a block at a time."""
-    for start, end in query_blocks(slab.spec.length):
-        first = _first_column(start, mix.band)
-        parts = []
-        for operator in _operators(slab, mix):
-            part = operator.masked(
-                table[operator.table, start:end, first:end], (start, end), (first, end)
-            )
-            parts.append(only(slab.spec, operator.members, dot(part, x[first:end], (1, 0))))
-        yield slice(start, end), functools.reduce(jnp.add, parts)
+Put = Callable[[slice, Array], None]
 
 
-def mix_turned(slab: Slab, mix: Mix, table: Any, g: Any) -> Iterator[tuple[slice, Array]]:
+def mix(slab: Slab, mix: Mix, table: Any, x: Any, put: Put) -> None:
+    """Hands over float32 rows of `out[j] = sum_{k <= j} T[j, k] x[k]`, a block at a time."""
+    for rows in query_blocks(slab.spec.length):
+        columns = (_first_column(rows[0], mix.band), rows[1])
+        slab.alone(functools.partial(_product, slab, mix, table, x, put, rows, columns))
+
+
+def mix_turned(slab: Slab, mix: Mix, table: Any, g: Any, put: Put) -> None:
     """The same of `out[k] = sum_{j >= k} T[j, k] g[j]`; `table` is T transposed."""
     length = slab.spec.length
-    for start, end in query_blocks(length):
-        last = min(length, -(-(end + mix.band - 1) // LANES) * LANES)
-        parts = []
-        for operator in _operators(slab, mix):
-            part = operator.masked(
-                table[operator.table, start:end, start:last], (start, end), (start, last)
-            )
-            parts.append(only(slab.spec, operator.members, dot(part, g[start:last], (1, 0))))
-        yield slice(start, end), functools.reduce(jnp.add, parts)
+    for rows in query_blocks(length):
+        columns = (rows[0], min(length, -(-(rows[1] + mix.band - 1) // LANES) * LANES))
+        slab.apart(functools.partial(_product, slab, mix, table, g, put, rows, columns))
+
+
+def _product(
+    slab: Slab,
+    mix: Mix,
+    table: Any,
+    x: Any,
+    put: Put,
+    rows: tuple[int, int],
+    columns: tuple[int, int],
+) -> None:
+    parts = []
+    for operator in _operators(slab, mix):
+        part = operator.masked(table[operator.table, slice(*rows), slice(*columns)], rows, columns)
+        parts.append(only(slab.spec, operator.members, dot(part, x[slice(*columns)], (1, 0))))
+    put(slice(*rows), functools.reduce(jnp.add, parts))
 
 
 def add_table_gradient(slab: Slab, mix: Mix, out: Any, x: Any, g: Any) -> None:
     """Adds `dT[j, k] = <g[j], x[k]>` for the entries within the band, a block of rows at a time."""
+
+    def add(rows: tuple[int, int], columns: tuple[int, int], operator: _Operator) -> None:
+        mine = only(slab.spec, operator.members, g[slice(*rows)])
+        part = operator.masked(dot(mine, x[slice(*columns)], (1, 1)), rows, columns)
+        out[operator.table, slice(*rows), slice(*columns)] += part
+
     for rows in query_blocks(slab.spec.length):
         columns = (_first_column(rows[0], mix.band), rows[1])
         for operator in _operators(slab, mix):
-            mine = only(slab.spec, operator.members, g[slice(*rows)])
-            part = operator.masked(dot(mine, x[slice(*columns)], (1, 1)), rows, columns)
-            out[operator.table, slice(*rows), slice(*columns)] += part
+            slab.apart(functools.partial(add, rows, columns, operator))
 
 
 class Mixed(NamedTuple):
@@ -95,14 +107,20 @@ def mix_both(slab: Slab, k: Any, v: Any) -> Mixed:
     key, value, factor = k, v, spec.scale * LOG2E
     if spec.logits.groups:
         key = slab.refs[kept("key")]
-        for rows, mixed in mix(slab, spec.logits, slab.refs["logit_table"], k):
+
+        def put_key(rows: slice, mixed: Array) -> None:
             # Before they are rounded, so that the factor costs neither digits nor a pass.
-            key[rows] = (mixed * _F32(factor)).astype(key.dtype)
+            key[rows] = (mixed * _F32(spec.scale * LOG2E)).astype(key.dtype)
+
+        mix(slab, spec.logits, slab.refs["logit_table"], k, put_key)
         factor = 1.0
     if spec.values.groups:
         value = slab.refs[kept("value")]
-        for rows, mixed in mix(slab, spec.values, slab.refs["value_table"], v):
+
+        def put_value(rows: slice, mixed: Array) -> None:
             value[rows] = mixed.astype(value.dtype)
+
+        mix(slab, spec.values, slab.refs["value_table"], v, put_value)
     return Mixed(key, value, factor)
 
 
@@ -119,6 +137,9 @@ def backward_mix(
         else:
             slab.write(result, part, rows)
     if mix.groups:
-        for rows, part in mix_turned(slab, mix, slab.refs[f"{name}_table_turned"], g):
+
+        def put(rows: slice, part: Array) -> None:
             slab.write(result, part, rows)
+
+        mix_turned(slab, mix, slab.refs[f"{name}_table_turned"], g, put)
         add_table_gradient(slab, mix, slab.refs[f"d_{name}_table"], x, g)

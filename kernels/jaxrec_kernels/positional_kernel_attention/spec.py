@@ -4,8 +4,8 @@ import itertools
 from functools import partial
 from typing import Any, NamedTuple
 
-from jaxrec_kernels import tuning
-from jaxrec_kernels.positional_kernel_attention import LANES, heads_of_slab
+from jaxrec_kernels import LANES, tuning
+from jaxrec_kernels.positional_kernel_attention import heads_of_slab
 
 FORWARD, BACKWARD = "positional_kernel_attention_forward", "positional_kernel_attention_backward"
 # Half of what a v5e or v6e has. The default of 16 MiB does not hold the operators of length 1024.
@@ -14,6 +14,7 @@ VMEM_BYTES = 64 << 20
 SPARE_BYTES = 8 << 20
 _ROWS = 8  # batch rows of a program at most
 _PACKED_UP_TO = 256  # longer rows are not put side by side
+_TILES_TOGETHER = 2  # of keys: more take fewer cycles, and spill
 
 
 class Spec(NamedTuple):
@@ -176,5 +177,7 @@ def query_blocks(length: int) -> list[tuple[int, int]]:
     return [(start, min(start + LANES, length)) for start in range(0, length, LANES)]
 
 
-def key_tiles(end: int) -> list[tuple[int, int]]:
-    return query_blocks(end)
+def key_tiles(end: int) -> list[list[tuple[int, int]]]:
+    """The tiles of the keys before `end`, in lots that are scheduled as one."""
+    tiles = query_blocks(end)
+    return [tiles[i : i + _TILES_TOGETHER] for i in range(0, len(tiles), _TILES_TOGETHER)]

@@ -301,14 +301,14 @@ def _zero_when(condition: Any, ref: Any) -> None:
         ref[...] = jnp.zeros_like(ref)
 
 
-def _each_slab(spec: Spec, refs: dict[str, Any], one: Callable[[Slab, Any, Any], None]) -> None:
-    """Runs `one` on all slabs of the program, with its first head and its first batch row."""
+def _each_slab(spec: Spec, refs: dict[str, Any], one: Callable[[Slab], None]) -> None:
+    """Runs `one` on all slabs of the program."""
     first_head = pl.program_id(0) * spec.slab_heads
     first_row = pl.program_id(1) * spec.rows
 
     def some(number: Any) -> None:
         row = number * spec.packed
-        one(Slab(spec, refs, row), first_head, first_row + row)
+        one(Slab(spec, refs, first_head, row, first_row + row))
 
     slabs = spec.rows // spec.packed
     if slabs == 1:
