@@ -4,7 +4,7 @@
     python -m benchmarks.kernels --op hstu_attention --shape n200 n1024 --impl xla pallas
     python -m benchmarks.kernels --quick                                        # a try, in minutes
 
-Every op of `benchmarks.tpu_cases` is timed on its named shapes, forward and with its gradient: as
+Every op of `benchmarks.cases` is timed on its named shapes, forward and with its gradient: as
 XLA's form, as the Pallas kernel where there is one for this device, and as the naive form, which
 forms every [n, n] or [positions, items] array. All get the same arrays and take turns. What is not
 measured is a row too, with the reason. See docs/benchmarks.md for what the columns are.
@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import tyro
 from rich.console import Console
 
+from benchmarks.cases import Case, cases, kernel_missing, op_names, program, shape_names
 from benchmarks.timings import rows as files
 from benchmarks.timings.ceilings import Ceilings, measure_ceilings
 from benchmarks.timings.clock import Timing, calls_a_round, in_turns
@@ -31,7 +32,6 @@ from benchmarks.timings.device_trace import device_seconds
 from benchmarks.timings.inputs import arrays
 from benchmarks.timings.naive import dense_bytes, naive
 from benchmarks.timings.roofline import check_plot, draw
-from benchmarks.tpu_cases import Case, cases, kernel_missing, op_names, program, shape_names
 from jaxrec.errors import UserError
 from jaxrec.training.results import describe_device, versions
 

@@ -6,14 +6,14 @@
 
 Every op is compiled ahead of time for every chip on its named shapes, forward and with its
 gradient, once as XLA's form and once as the Pallas kernel where there is one, each in a process of
-its own. Printed are the cycles of the compiler's schedules (see `benchmarks.schedule` for what they
-are and are not), the ratio of kernel to XLA, memory, registers spilled, and the roofline from FLOPs
-and bytes counted by hand. They are no timings: no TPU ran.
+its own. Printed are the cycles of the compiler's schedules (see `benchmarks.tpu.schedule` for what
+they are and are not), the ratio of kernel to XLA, memory, registers spilled, and the roofline from
+FLOPs and bytes counted by hand. They are no timings: no TPU ran.
 
     python -m benchmarks.tpu_aot --train-step sasrec hstu --items 1000000 --mesh 1x1 2x2
 
 compiles whole train steps instead and prints what each chip must hold, see
-`benchmarks.tpu_train_step`.
+`benchmarks.tpu.train_step`.
 """
 
 import sys
@@ -26,12 +26,12 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.chips import CHIPS
-from benchmarks.tpu_cases import Case, cases, op_names, shape_names
-from benchmarks.tpu_child import in_a_process
-from benchmarks.tpu_results import NOTE, Results
-from benchmarks.tpu_step_table import mesh_of, step_rows, step_table
-from benchmarks.tpu_train_step import MODELS
+from benchmarks.cases import Case, cases, op_names, shape_names
+from benchmarks.tpu.child import in_a_process
+from benchmarks.tpu.chips import CHIPS
+from benchmarks.tpu.results import NOTE, Results
+from benchmarks.tpu.step_table import mesh_of, step_rows, step_table
+from benchmarks.tpu.train_step import MODELS
 from jaxrec.errors import UserError
 
 
@@ -92,7 +92,7 @@ def _row(case: Case, chip: str, dtype: str) -> dict[str, Any]:
             "implementation": implementation,
             "chip": chip,
         }
-        row[implementation] = in_a_process("benchmarks.tpu_measure", spec)
+        row[implementation] = in_a_process("benchmarks.tpu.measure", spec)
     both = [row[i].get("cycles") for i in ("pallas", "xla")]
     row["ratio"] = both[0] / both[1] if all(both) else None
     return row

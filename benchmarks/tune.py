@@ -6,7 +6,7 @@
 
 Each op is compiled with its gradient, as a Pallas kernel, once with the blocks of the rule and then
 with others, going on from the best so far. What counts is the cycles of the compiler's schedule,
-which needs no TPU (see `benchmarks.schedule`), or with `--clock device` the time on the TPU at
+which needs no TPU (see `benchmarks.tpu.schedule`), or with `--clock device` the time on the TPU at
 hand. An entry is written where that is at least 2 % less than with the rule's blocks and no more
 registers are spilled; where it is not, what was found is written all the same, so that nobody has
 to look again. A schedule does not show what a program waits for when it begins, so by schedules no
@@ -27,11 +27,11 @@ import tyro
 from rich.console import Console
 from rich.table import Table as Shown
 
-from benchmarks.chips import CHIPS
-from benchmarks.tpu_cases import Case, cases, op_names, shape_names
-from benchmarks.tpu_measure import lookups
-from benchmarks.tuning_measurers import Device, Measurer, MeasuringError, Schedules
-from benchmarks.tuning_search import Climb, Found, program_size
+from benchmarks.cases import Case, cases, op_names, shape_names
+from benchmarks.tpu.chips import CHIPS
+from benchmarks.tpu.measure import lookups
+from benchmarks.tuning.measurers import Device, Measurer, MeasuringError, Schedules
+from benchmarks.tuning.search import Climb, Found, program_size
 from jaxrec._json_files import read_json, write_json
 from jaxrec.errors import UserError
 from jaxrec_kernels.tuning import table

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.tpu_cases import Case, argument_names, program
+from benchmarks.cases import Case, argument_names, program
 from jaxrec_kernels.shapes import CatalogueShape
 
 _Shape = tuple[int, ...]

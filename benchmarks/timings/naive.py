@@ -1,6 +1,6 @@
 """The ops as one would write them down: every `[n, n]` or `[positions, items]` array is formed.
 
-They do the same work as the ops of `benchmarks.tpu_cases` on the same arguments: several sequences
+They do the same work as the ops of `benchmarks.cases` on the same arguments: several sequences
 in a row, padding where the id is 0.
 """
 
@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from benchmarks.tpu_cases import Case
+from benchmarks.cases import Case
 from jaxrec_kernels.shapes import CatalogueShape
 
 

@@ -15,13 +15,13 @@ import numpy as np
 import pytest
 
 from benchmarks import kernels
+from benchmarks.cases import Case, argument_names, program
 from benchmarks.kernels import Arguments, Bench, Skip, fitted, main, prepared
 from benchmarks.timings import clock, naive, rows
 from benchmarks.timings.ceilings import Ceilings, measure_ceilings
 from benchmarks.timings.clock import Timing, in_turns
 from benchmarks.timings.device_trace import busy_seconds, device_seconds
 from benchmarks.timings.inputs import arrays
-from benchmarks.tpu_cases import Case, argument_names, program
 from experiments import report
 from jaxrec_kernels.shapes import ATTENTION, CATALOGUE, AttentionShape, CatalogueShape
 

@@ -19,12 +19,12 @@ import pytest
 from jax.experimental import pallas as pl
 
 from benchmarks import costs, tpu_aot
-from benchmarks.bundles import NoScheduleError, Region, read_bundles
-from benchmarks.chips import CHIPS
-from benchmarks.hlo_text import Program, arrays_of
-from benchmarks.pallas_traffic import KernelTraffic, kernel_traffic, padded_elements
-from benchmarks.schedule import read_schedule
-from benchmarks.tpu_cases import Case, cases, kernel_missing, program
+from benchmarks.cases import Case, cases, kernel_missing, program
+from benchmarks.tpu.bundles import NoScheduleError, Region, read_bundles
+from benchmarks.tpu.chips import CHIPS
+from benchmarks.tpu.hlo_text import Program, arrays_of
+from benchmarks.tpu.pallas_traffic import KernelTraffic, kernel_traffic, padded_elements
+from benchmarks.tpu.schedule import read_schedule
 from experiments import report
 from jaxrec import ops
 from jaxrec_kernels.shapes import ATTENTION, CATALOGUE, AttentionShape, CatalogueShape
@@ -553,7 +553,7 @@ KERNEL = """
 import json, sys
 import jax, jax.numpy as jnp
 from jax.experimental import pallas as pl
-from benchmarks.schedule import compile_and_measure
+from benchmarks.tpu.schedule import compile_and_measure
 
 def scale(x, out):
     out[...] = x[...] * 2.0

@@ -10,10 +10,10 @@ import json
 import pytest
 
 from benchmarks import tpu_aot
-from benchmarks.hlo_text import Program
-from benchmarks.tpu_results import Results
-from benchmarks.tpu_step_table import NOTE, mesh_of, step_table
-from benchmarks.tpu_train_step import (
+from benchmarks.tpu.hlo_text import Program
+from benchmarks.tpu.results import Results
+from benchmarks.tpu.step_table import NOTE, mesh_of, step_table
+from benchmarks.tpu.train_step import (
     SEQUENCES,
     compiled_figures,
     consists_of,

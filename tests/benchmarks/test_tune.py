@@ -13,11 +13,11 @@ import pytest
 from rich.console import Console
 
 from benchmarks import tune
-from benchmarks.tpu_cases import Case
-from benchmarks.tpu_measure import cut_as, lookups
+from benchmarks.cases import Case
+from benchmarks.tpu.measure import cut_as, lookups
 from benchmarks.tune import Arguments, main, merged, run
-from benchmarks.tuning_measurers import Figure, MeasuringError, figure_of
-from benchmarks.tuning_search import Climb, neighbours
+from benchmarks.tuning.measurers import Figure, MeasuringError, figure_of
+from benchmarks.tuning.search import Climb, neighbours
 from jaxrec.errors import UserError
 from jaxrec_kernels import tuning
 from jaxrec_kernels.linear_cross_entropy.tiling import BACKWARD, FORWARD

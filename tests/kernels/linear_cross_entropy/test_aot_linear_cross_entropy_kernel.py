@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tpu_topologies import devices
 
-from benchmarks.chips import CHIPS
+from benchmarks.tpu.chips import CHIPS
 from jaxrec import ops
 from jaxrec_kernels.shapes import CATALOGUE
 
@@ -24,9 +24,9 @@ KERNELS = [(50, "bfloat16", True), (128, "bfloat16", False), (256, "float32", Tr
 MEASURE = """
 import json, sys
 import jax, jax.numpy as jnp
-from benchmarks.schedule import compile_and_measure
-from benchmarks.tpu_cases import Case, program
-from benchmarks.tpu_measure import figures
+from benchmarks.tpu.schedule import compile_and_measure
+from benchmarks.cases import Case, program
+from benchmarks.tpu.measure import figures
 from jaxrec_kernels.linear_cross_entropy.tpu_backward import table_gradient
 from jaxrec_kernels.linear_cross_entropy.tpu_forward import statistics
 

@@ -6,9 +6,9 @@ from typing import Any
 
 from rich.table import Table
 
-from benchmarks.chips import CHIPS
-from benchmarks.tpu_child import in_a_process
-from benchmarks.tpu_train_step import BLOCKS, LENGTH, SEQUENCES, WIDTH
+from benchmarks.tpu.child import in_a_process
+from benchmarks.tpu.chips import CHIPS
+from benchmarks.tpu.train_step import BLOCKS, LENGTH, SEQUENCES, WIDTH
 from jaxrec.errors import UserError
 
 # Chips of the topologies that are compiled for.
@@ -64,7 +64,7 @@ def step_rows(
                                 "length": LENGTH,
                                 "sequences": SEQUENCES,
                                 "chip_bytes": CHIPS[chip].hbm_bytes,
-                                **in_a_process("benchmarks.tpu_train_step", spec),
+                                **in_a_process("benchmarks.tpu.train_step", spec),
                             }
 
 

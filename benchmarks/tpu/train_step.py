@@ -1,6 +1,6 @@
 """A whole train step compiled for a TPU in a process of its own: `benchmarks.tpu_aot` starts it.
 
-    python -m benchmarks.tpu_train_step '{"model": "sasrec", "items": 10000000, "mesh": [2, 2],
+    python -m benchmarks.tpu.train_step '{"model": "sasrec", "items": 10000000, "mesh": [2, 2],
         "dtype": "bfloat16", "loss": "full_softmax", "chip": "v5e"}'
 
 The step is the one that `jaxrec train` makes from the experiment's config: loss, gradient, Adam,
@@ -27,9 +27,9 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, PartitionSpec, SingleDeviceSharding
 
-from benchmarks.bundles import NoScheduleError
-from benchmarks.chips import chip_named
-from benchmarks.hlo_text import Program, Step
+from benchmarks.tpu.bundles import NoScheduleError
+from benchmarks.tpu.chips import chip_named
+from benchmarks.tpu.hlo_text import Program, Step
 from jaxrec.data.batches import TrainingBatches
 from jaxrec.devices import BY_ITEM, BY_SEQUENCE, DATA, EVERYWHERE, MODEL, Placement
 from jaxrec.errors import UserError
@@ -39,7 +39,7 @@ from jaxrec.training.optimizer import make_optimizer
 from jaxrec.training.setup import count_from_newest, make_loss
 from jaxrec.training.state import initial_state, make_train_step
 
-EXPERIMENTS = Path(__file__).resolve().parent.parent / "experiments"
+EXPERIMENTS = Path(__file__).resolve().parents[2] / "experiments"
 # SASRec with positions as a learned kernel in attention; HSTU in its research configuration.
 MODELS = {"sasrec": "sasrec_kernel.py", "hstu": "hstu.py"}
 WIDTH, BLOCKS, LENGTH, SEQUENCES = 64, 2, 200, 128

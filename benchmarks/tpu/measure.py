@@ -1,6 +1,6 @@
 """One case compiled for a TPU in a process of its own: `benchmarks.tpu_aot` starts it.
 
-    python -m benchmarks.tpu_measure '{"op": "linear_cross_entropy", "shape": "v3k",
+    python -m benchmarks.tpu.measure '{"op": "linear_cross_entropy", "shape": "v3k",
         "backward": true, "dtype": "bfloat16", "implementation": "xla", "chip": "v5e"}'
 
 `"blocks": {"linear_cross_entropy_forward": {"positions": 512, ...}}` has kernels cut their calls
@@ -21,9 +21,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from benchmarks.chips import chip_named
-from benchmarks.schedule import NoScheduleError, Schedule, compile_and_measure
-from benchmarks.tpu_cases import Case, kernel_missing, program
+from benchmarks.cases import Case, kernel_missing, program
+from benchmarks.tpu.chips import chip_named
+from benchmarks.tpu.schedule import NoScheduleError, Schedule, compile_and_measure
 from jaxrec_kernels import tuning
 from jaxrec_kernels.tuning.lookup import Lookup
 from jaxrec_kernels.tuning.table import Sizes, Table

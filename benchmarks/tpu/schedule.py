@@ -1,6 +1,6 @@
 """How long a function would take on a TPU, by the schedule that the compiler made for it.
 
-    from benchmarks.schedule import compile_and_measure
+    from benchmarks.tpu.schedule import compile_and_measure
     found = compile_and_measure(f, specs, "v5e")
     print(found.cycles, found.kernels)
 
@@ -26,10 +26,10 @@ from typing import Any, NamedTuple
 
 import jax
 
-from benchmarks.bundles import Bundles, NoScheduleError, read_bundles
-from benchmarks.chips import CHIPS, Chip, chip_named
-from benchmarks.hlo_text import Instruction, Program, Step
-from benchmarks.pallas_traffic import KernelTraffic, kernel_traffic
+from benchmarks.tpu.bundles import Bundles, NoScheduleError, read_bundles
+from benchmarks.tpu.chips import CHIPS, Chip, chip_named
+from benchmarks.tpu.hlo_text import Instruction, Program, Step
+from benchmarks.tpu.pallas_traffic import KernelTraffic, kernel_traffic
 
 __all__ = ["CHIPS", "NoScheduleError", "Part", "Schedule", "compile_and_measure", "read_schedule"]
 

@@ -11,11 +11,11 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 
+from benchmarks.cases import Case, program
 from benchmarks.timings.clock import calls_a_round, in_turns
 from benchmarks.timings.inputs import arrays
-from benchmarks.tpu_cases import Case, program
-from benchmarks.tpu_measure import cut_as
-from benchmarks.tuning_search import Figure
+from benchmarks.tpu.measure import cut_as
+from benchmarks.tuning.search import Figure
 from jaxrec_kernels.tuning.table import Sizes
 
 Blocks = Mapping[str, Sizes]
@@ -79,7 +79,7 @@ class Schedules:
     def _ask(self, spec: dict[str, Any]) -> dict[str, Any]:
         if self._process is None:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "benchmarks.tpu_measure", "-"],
+                [sys.executable, "-m", "benchmarks.tpu.measure", "-"],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,

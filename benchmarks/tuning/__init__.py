@@ -1,0 +1,1 @@
+"""What `benchmarks.tune` tries, and what it measures it by."""
