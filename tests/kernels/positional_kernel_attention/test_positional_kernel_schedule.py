@@ -1,0 +1,60 @@
+"""What the TPU compiler's schedules of the kernels promise: registers not spilled, few cycles."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks.tpu.child import in_a_process
+from jaxrec_kernels.shapes import ATTENTION
+
+RESULTS = Path(__file__).parents[3] / "benchmarks" / "results"
+
+pytestmark = pytest.mark.slow
+
+
+def measured(shape, chip):
+    return in_a_process(
+        "benchmarks.tpu.measure",
+        {
+            "op": "positional_kernel_attention",
+            "shape": shape,
+            "backward": True,
+            "dtype": "bfloat16",
+            "implementation": "pallas",
+            "chip": chip,
+        },
+    )
+
+
+@pytest.mark.parametrize(
+    ("shape", "chip"),
+    [("n50", "v5e"), ("n200", "v6e"), ("n200-heads", "v5e"), ("n200-heads", "v6e")],
+)
+def test_packed_rows_fit_the_registers(shape, chip):
+    assert measured(shape, chip)["spills"] == 0
+
+
+def test_two_hundred_events_beside_the_composed_form():
+    """The issue's bar: three quarters of the stored cycles of XLA's form, and no spills."""
+    stored = json.loads((RESULTS / "tpu_aot-positional_kernel_attention.json").read_text())
+    composed = next(
+        row["xla"]["cycles"]
+        for row in stored["rows"]
+        if (row["shape"], row["direction"], row["chip"]) == ("n200", "forward+backward", "v5e")
+    )
+    kernel = measured("n200", "v5e")
+    assert kernel["spills"] == 0
+    assert kernel["cycles"] < 0.75 * composed
+
+
+def test_eight_thousand_events_beside_the_matrix_unit():
+    """The issue's bars: 2.5 times the cycles of the products, no spills, memory by their number."""
+    batch, length, heads, width = ATTENTION["n8192"]
+    # Causal half of the mixes, of the two products, and backward of the logits again, four products
+    # of attention and four of the mixes: 13 squares by the width, two operations each.
+    floor = 13 * length**2 * width * batch * heads / 131_072
+    kernel = measured("n8192", "v5e")
+    assert kernel["spills"] == 0
+    assert kernel["cycles"] < 2.2 * floor
+    assert kernel["temporaries"] < 10 * batch * length * heads * width * 2
