@@ -69,7 +69,8 @@ class ESASRec(Transformer):
     sampled softmax (`experiments/esasrec.py`). No normalisation follows the last block. Positions
     are counted from the newest event. Weights ~ N(0, 0.02), and item vectors are not scaled by
     sqrt(width) at the input: both are our choice where the published text leaves it open
-    (`init_scale`, `scale_embedding`). All position schemes of `SASRec` can be had.
+    (`init_scale`, `scale_embedding`); the authors' library has `init_scale=None`, Xavier's rule for
+    each matrix, and so has the experiment. All position schemes of `SASRec` can be had.
 
     Args:
       config: names and numbers.

@@ -53,7 +53,8 @@ def test_named_shapes_compile(chip, name):
 
 @pytest.mark.slow
 def test_packed_rows_over_four_chips_compile():
-    mesh = Mesh(np.array(devices("v5e")), ("data",))
+    """Over the mesh of training: rows split over `data`, the same on both chips along `model`."""
+    mesh = Mesh(np.array(devices("v5e")).reshape(2, 2), ("data", "model"))
     rows, everywhere = PartitionSpec("data"), PartitionSpec()
     f = jax.shard_map(
         gradients,
@@ -62,7 +63,7 @@ def test_packed_rows_over_four_chips_compile():
         out_specs=(rows,) * 3 + (everywhere,) * 2,
     )
     placed = [NamedSharding(mesh, spec) for spec in (rows, everywhere)]
-    given = specs(*placed, (16, 70, 2, 32), jnp.float32)
+    given = specs(*placed, tuple(ATTENTION["n200-heads"]), jnp.float32)
     text = jax.jit(f).lower(*given).compile().as_text()
     assert "tpu_custom_call" in text
     assert "all-reduce" in text

@@ -51,3 +51,10 @@ def test_rows_over_four_chips_compile():
     text = jax.jit(f).lower(*specs(*placed, 4, 1100, 1, 64, 100)).compile().as_text()
     assert "long_attention_backward" in text
     assert "all-reduce" in text
+
+
+def test_packed_rows_with_a_kernel_a_head_compile():
+    one = SingleDeviceSharding(devices("v6e")[0])
+    given = specs(one, one, 2, 1100, 2, 64, 2, 1100)
+    text = jax.jit(gradients).lower(*given).compile().as_text()
+    assert "long_attention_backward" in text

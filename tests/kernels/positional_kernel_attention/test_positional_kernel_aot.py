@@ -8,6 +8,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceShardin
 from tpu_topologies import devices
 
 from jaxrec import ops
+from jaxrec_kernels.shapes import ATTENTION
 
 
 def gradients(q, k, v, u, w, ids=None):
@@ -48,7 +49,8 @@ def test_named_shapes_compile(chip, shape):
 
 @pytest.mark.slow
 def test_packed_rows_over_four_chips_compile():
-    mesh = Mesh(np.array(devices("v5e")), ("data",))
+    """Over the mesh of training: rows split over `data`, the same on both chips along `model`."""
+    mesh = Mesh(np.array(devices("v5e")).reshape(2, 2), ("data", "model"))
     rows, everywhere = PartitionSpec("data"), PartitionSpec()
     f = jax.shard_map(
         gradients,
@@ -57,8 +59,9 @@ def test_packed_rows_over_four_chips_compile():
         out_specs=(rows,) * 3 + (everywhere,) * 2,
     )
     placed = [NamedSharding(mesh, spec) for spec in (rows, everywhere)]
-    ids = jax.ShapeDtypeStruct((16, 200), jnp.int32, sharding=placed[0])
-    program = jax.jit(f).lower(*specs(*placed, 16, 200, 2, 32, jnp.float32), ids).compile()
+    shape = ATTENTION["n200-heads"]
+    ids = jax.ShapeDtypeStruct((shape.batch, shape.length), jnp.int32, sharding=placed[0])
+    program = jax.jit(f).lower(*specs(*placed, *shape, jnp.float32), ids).compile()
     text = program.as_text()
     assert "tpu_custom_call" in text
     assert "all-reduce" in text
