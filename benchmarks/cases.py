@@ -42,6 +42,14 @@ class Case(NamedTuple):
         """The numbers behind the shape's name."""
         return _OPS[self.op].shapes[self.shape]
 
+    @property
+    def layouts_are_free(self) -> bool:
+        """Whether its arrays come from layers and go to layers, in whatever layout suits them.
+
+        Those of attention do; a catalogue's table lies as the runtime puts it.
+        """
+        return isinstance(self.size, AttentionShape)
+
     def cost(self, itemsize: int) -> Cost:
         """FLOPs and bytes, counted by hand."""
         return COSTS[self.op](self.size, self.backward, itemsize)

@@ -8,7 +8,9 @@ Every op is compiled ahead of time for every chip on its named shapes, forward a
 gradient, once as XLA's form and once as the Pallas kernel where there is one, each in a process of
 its own. Printed are the cycles of the compiler's schedules (see `benchmarks.tpu.schedule` for what
 they are and are not), the ratio of kernel to XLA, memory, registers spilled, and the roofline from
-FLOPs and bytes counted by hand. They are no timings: no TPU ran.
+FLOPs and bytes counted by hand. They are no timings: no TPU ran. Arrays of attention lie as each
+side likes them best, as layers around it would hand them over; those of a catalogue as the runtime
+puts them.
 
     python -m benchmarks.tpu_aot --train-step sasrec hstu --items 1000000 --mesh 1x1 2x2
 

@@ -39,7 +39,7 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
     try:
         kind = chip_named(spec["chip"]).device_kinds[0]
         with cut_as(case, dtype, spec.get("blocks")), tuning.compiling_for(kind):
-            found = compile_and_measure(f, specs, spec["chip"])
+            found = compile_and_measure(f, specs, spec["chip"], free_layouts=case.layouts_are_free)
     except NoScheduleError as error:
         return {"error": str(error)}
     return figures(found)

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+from jax.experimental.layout import Format, Layout
 
 from benchmarks.tpu.bundles import Bundles, NoScheduleError, read_bundles
 from benchmarks.tpu.chips import CHIPS, Chip, chip_named
@@ -123,6 +124,7 @@ def compile_and_measure(
     specs: Sequence[Any],
     chip: str = "v5e",
     *,
+    free_layouts: bool = False,
     options: Mapping[str, Any] | None = None,
 ) -> Schedule:
     """Compiles a function for a TPU, here, and reads the schedule.
@@ -132,6 +134,9 @@ def compile_and_measure(
       specs: its arguments as `jax.ShapeDtypeStruct`, or anything with a shape and a dtype; those
         that name a sharding keep it, the others lie on one chip.
       chip: a name of `CHIPS`.
+      free_layouts: arguments and results lie in memory as the compiler likes best, as those of a
+        part of a program do. Else as the runtime puts arrays: narrow ones turned so that they fill
+        the lanes, and copied by a program that wants them otherwise.
       options: compiler options.
 
     Raises:
@@ -145,8 +150,11 @@ def compile_and_measure(
         jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=getattr(s, "sharding", None) or one_chip)
         for s in specs
     ]
+    formats = {}
+    if free_layouts:
+        formats = dict.fromkeys(("in_shardings", "out_shardings"), Format(Layout.AUTO))
     with _emptied(folder):
-        lowered = jax.jit(f).lower(*placed)
+        lowered = jax.jit(f, **formats).lower(*placed)
         compiled = lowered.compile(compiler_options=dict(options or {}))
         files = {p.name: p.read_text("utf-8", "replace") for p in sorted(folder.glob("*.txt"))}
     if not files:
