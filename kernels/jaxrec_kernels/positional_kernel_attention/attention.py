@@ -65,7 +65,8 @@ def forward_slab(slab: Slab) -> None:
     for queries in query_blocks(spec.length):
         for member in spec.members:
             for lot in key_tiles(queries[1]):
-                slab.alone(functools.partial(_forward_member, slab, member, queries, lot, mixed))
+                run = functools.partial(_forward_member, slab, member, queries, lot, mixed)
+                slab.alone(run, unless=spec.short)
         at = slice(*queries)
         slab.write_turned("o", slab.refs[kept("out")][:, : at.stop - at.start], at)
 
@@ -118,14 +119,14 @@ def backward_slab(slab: Slab) -> None:
         for member in spec.members:
             delta = jnp.sum(products[member.lanes], axis=0, keepdims=True)
             for lot in key_tiles(queries[1]):
-                slab.alone(
-                    functools.partial(_backward_member, slab, member, queries, lot, mixed, delta)
-                )
+                run = functools.partial(_backward_member, slab, member, queries, lot, mixed, delta)
+                slab.alone(run, unless=spec.short)
         # The mixed keys have the logits' factor in them already, in units of log 2.
         units = 1 / LOG2E if spec.logits.groups else spec.scale
         slab.write_turned("dq", d_query[:, : at.stop - at.start] * _F32(units), at)
     backward_mix(slab, "logit", spec.logits, k, d_key, spec.scale, "dk")
-    slab.alone(lambda: backward_mix(slab, "value", spec.values, v, d_value, 1.0, "dv"))
+    of_values = functools.partial(backward_mix, slab, "value", spec.values, v, d_value, 1.0, "dv")
+    slab.alone(of_values, unless=spec.short)
 
 
 def _backward_member(

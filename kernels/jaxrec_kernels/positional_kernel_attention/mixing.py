@@ -63,7 +63,8 @@ def mix_turned(slab: Slab, mix: Mix, table: Any, g: Any, put: Put) -> None:
     length = slab.spec.length
     for rows in query_blocks(length):
         columns = (rows[0], min(length, -(-(rows[1] + mix.band - 1) // LANES) * LANES))
-        slab.apart(functools.partial(_product, slab, mix, table, g, put, rows, columns))
+        run = functools.partial(_product, slab, mix, table, g, put, rows, columns)
+        slab.alone(run, unless=slab.spec.packed > 1)
 
 
 def _product(
@@ -93,7 +94,7 @@ def add_table_gradient(slab: Slab, mix: Mix, out: Any, x: Any, g: Any) -> None:
     for rows in query_blocks(slab.spec.length):
         columns = (_first_column(rows[0], mix.band), rows[1])
         for operator in _operators(slab, mix):
-            slab.apart(functools.partial(add, rows, columns, operator))
+            slab.alone(functools.partial(add, rows, columns, operator), unless=slab.spec.packed > 1)
 
 
 class Mixed(NamedTuple):

@@ -52,22 +52,18 @@ class Slab:
         buffer[...] = value
         return buffer
 
-    def alone(self, run: Callable[[], None]) -> None:
+    def alone(self, run: Callable[[], None], *, unless: bool = False) -> None:
         """Runs what the compiler must not begin earlier: it would, and spill what that gives.
 
-        It sees through a condition that it can prove, and joins what has the same one. On a v5e at
-        [128, 200, 1, 64] the schedule is a third shorter without this, but spills 280 registers a
-        row.
+        It sees through a condition that it can prove, and joins what has the same one. Schedules
+        are shorter without this, but spill hundreds of registers.
+        `unless`: what is run fits the registers together with what is around it.
         """
+        if unless:
+            run()
+            return
         self._regions += 1
         pl.when(self.batch_row < self.spec.batch + self._regions)(run)
-
-    def apart(self, run: Callable[[], None]) -> None:
-        """`alone`, but for short rows side by side: their products fit the registers together."""
-        if self.spec.packed == 1:
-            self.alone(run)
-        else:
-            run()
 
     def write(self, name: str, x: Array, rows: slice) -> None:
         """Rows of a result [rows, lanes], zeros on padding."""

@@ -14,6 +14,7 @@ VMEM_BYTES = 64 << 20
 SPARE_BYTES = 8 << 20
 _ROWS = 8  # batch rows of a program at most
 _PACKED_UP_TO = 256  # longer rows are not put side by side
+_SHORT = 64
 _TILES_TOGETHER = 2  # of keys: more take fewer cycles, and spill
 
 
@@ -42,6 +43,11 @@ class Spec(NamedTuple):
     @property
     def lanes(self) -> int:
         return self.packed * self.block_lanes
+
+    @property
+    def short(self) -> bool:
+        """Whether the tiles of two members fit the registers."""
+        return self.length <= _SHORT
 
     @property
     def members(self) -> list["Member"]:
