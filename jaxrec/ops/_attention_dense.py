@@ -20,9 +20,16 @@ _ROWS, _MOST_BLOCKS = 64, 8
 
 
 def row_blocks(length: int) -> list[tuple[int, int]]:
-    count = min(_MOST_BLOCKS, max(1, round(length / _ROWS)))
-    edges = [round(length * i / count) for i in range(count + 1)]
-    return list(pairwise(edges))
+    """Blocks of equal size but for the last, which is half to one and a half of the others.
+
+    They begin at multiples of 64, so that tiles of a TPU are not cut.
+
+    >>> row_blocks(200), row_blocks(90)
+    ([(0, 64), (64, 128), (128, 200)], [(0, 90)])
+    """
+    size = _ROWS * max(1, -(-length // (_ROWS * _MOST_BLOCKS)))
+    count = max(1, round(length / size))
+    return list(pairwise([*range(0, count * size, size), length]))
 
 
 def heads_first(x: Array) -> Array:
