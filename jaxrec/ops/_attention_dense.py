@@ -22,14 +22,17 @@ _ROWS, _MOST_BLOCKS = 64, 8
 def row_blocks(length: int) -> list[tuple[int, int]]:
     """Blocks of equal size but for the last, which is half to one and a half of the others.
 
-    They begin at multiples of 64, so that tiles of a TPU are not cut.
+    They begin at multiples of 64, so that tiles of a TPU are not cut; but rows of up to 128, which
+    lie in one tile, are halved evenly.
 
-    >>> row_blocks(200), row_blocks(90)
-    ([(0, 64), (64, 128), (128, 200)], [(0, 90)])
+    >>> row_blocks(200), row_blocks(120), row_blocks(90)
+    ([(0, 64), (64, 128), (128, 200)], [(0, 60), (60, 120)], [(0, 90)])
     """
     size = _ROWS * max(1, -(-length // (_ROWS * _MOST_BLOCKS)))
     count = max(1, round(length / size))
-    return list(pairwise([*range(0, count * size, size), length]))
+    if length <= 2 * _ROWS:
+        size = length // count
+    return list(pairwise([*(size * i for i in range(count)), length]))
 
 
 def heads_first(x: Array) -> Array:
