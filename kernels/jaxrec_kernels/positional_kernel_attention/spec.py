@@ -163,7 +163,8 @@ def vmem_bytes(size: Size, cut: Cut) -> int:
     # Operators as they are and turned, and their gradients in float32.
     squares = 2 * size.groups * length * filled * (2 * size.itemsize + 4)
     kept = lanes * (8 * length * size.itemsize + 2 * length * 4 + filled * size.itemsize)
-    return operands + squares + kept + lanes * LANES * 4
+    ids = cut.packed * length * LANES * 4
+    return operands + squares + kept + ids + lanes * LANES * 4
 
 
 def rows_of_program(batch: int, length: int) -> int:
