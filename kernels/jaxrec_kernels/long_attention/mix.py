@@ -155,8 +155,12 @@ def _mix_step(operator: Operator, reach: int, turned: bool, step: Step) -> None:
 
 def _add(operator: Operator, turned: bool, step: Step, *, diagonal: bool) -> None:
     refs, plan = step.refs, step.plan
-    step.fill_query_ids()
-    step.fill_key_ids()
+    fill = [step.fill_query_ids, step.fill_key_ids]
+    cleaned, other = fill if turned else fill[::-1]
+    cleaned()
+    # The block that is summed is the same up to the diagonal, or from it on.
+    if operator.segmented or diagonal:
+        other()
     if step.masked:
         refs["clean"][...] = step.clean_queries("x") if turned else step.clean_keys("x")
     for number, rows in enumerate(tiles(0, plan.block)):
