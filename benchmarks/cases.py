@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from benchmarks.costs import COSTS, Cost
 from jaxrec import ops
+from jaxrec.ops._attention_core import block_for
 from jaxrec.ops._dispatch import recorded
 from jaxrec_kernels import shapes
 from jaxrec_kernels.shapes import AttentionShape, CatalogueShape
@@ -49,6 +50,16 @@ class Case(NamedTuple):
         Those of attention do; a catalogue's table lies as the runtime puts it.
         """
         return isinstance(self.size, AttentionShape)
+
+    @property
+    def block_rounds(self) -> float | None:
+        """Mean rounds of the loops of XLA's form over the blocks that a block of a row meets.
+
+        A row is one sequence here; with several, blocks that share none are skipped. None where
+        rows are not cut into blocks.
+        """
+        block = block_for(self.size.length) if isinstance(self.size, AttentionShape) else None
+        return None if block is None else (-(-self.size.length // block) + 1) / 2
 
     def cost(self, itemsize: int) -> Cost:
         """FLOPs and bytes, counted by hand."""

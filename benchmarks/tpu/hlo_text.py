@@ -73,13 +73,20 @@ class Step(NamedTuple):
     """An instruction and how often the program runs it."""
 
     instruction: Instruction
-    times: int
+    times: float
 
 
 class Program:
-    """A parsed program."""
+    """A parsed program.
 
-    def __init__(self, text: str) -> None:
+    Args:
+      text: `compiled.as_text()`.
+      open_rounds: how often on average a loop runs whose rounds are no constant; None: it is
+        refused.
+    """
+
+    def __init__(self, text: str, open_rounds: float | None = None) -> None:
+        self._open_rounds = open_rounds
         self.computations: dict[str, dict[str, Instruction]] = {}
         self.entry = ""
         current: dict[str, Instruction] | None = None
@@ -100,7 +107,7 @@ class Program:
         """All instructions in the order of the program, bodies of loops with their rounds."""
         yield from self._steps(self.entry, 1)
 
-    def _steps(self, computation: str, times: int) -> Iterator[Step]:
+    def _steps(self, computation: str, times: float) -> Iterator[Step]:
         body = self._computation(computation)
         for instruction in body.values():
             opcode = instruction.opcode
@@ -121,20 +128,27 @@ class Program:
             raise NoScheduleError(f"no schedule found: no computation {name!r} in the program")
         return self.computations[name]
 
-    def _rounds(self, loop: Instruction, around: dict[str, Instruction]) -> int:
-        """Rounds of a loop that counts from 0 to a constant by one; other loops are refused."""
-        unknown = NoScheduleError(
-            f"no schedule found: the rounds of loop %{loop.name} are not a constant"
-        )
+    def _rounds(self, loop: Instruction, around: dict[str, Instruction]) -> float:
+        rounds = self._constant_rounds(loop, around)
+        if rounds is not None:
+            return rounds
+        if self._open_rounds is None:
+            raise NoScheduleError(
+                f"no schedule found: the rounds of loop %{loop.name} are not a constant"
+            )
+        return self._open_rounds
+
+    def _constant_rounds(self, loop: Instruction, around: dict[str, Instruction]) -> int | None:
+        """Rounds of a loop that counts from 0 to a constant by one; None for any other."""
         condition = self._computation(loop.attribute("condition") or "")
         test = next(i for i in condition.values() if i.root)
         if test.opcode != "compare" or "direction=LT" not in test.rest:
-            raise unknown
+            return None
         counter, limit = (condition[n] for n in test.operands)
         place = counter.attribute("index") if counter.opcode == "get-tuple-element" else None
         bound = _constant(limit)
         if place is None or bound is None:
-            raise unknown
+            return None
         start = around.get(loop.operands[0])
         begin = start and start.opcode == "tuple" and around.get(start.operands[int(place)])
         while isinstance(begin, Instruction) and begin.opcode in ("copy", "bitcast"):
@@ -143,10 +157,8 @@ class Program:
         end = body[next(i for i in body.values() if i.root).operands[int(place)]]
         ones = [_constant(body[n]) for n in end.operands if n in body]
         if not isinstance(begin, Instruction) or _constant(begin) != 0:
-            raise unknown
-        if end.opcode != "add" or 1 not in ones:
-            raise unknown
-        return bound
+            return None
+        return bound if end.opcode == "add" and 1 in ones else None
 
     def moved(self, instruction: Instruction, around: dict[str, Instruction] | None = None) -> int:
         """Bytes between main memory and chip: of each operand what is read, of results all."""

@@ -39,7 +39,13 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
     try:
         kind = chip_named(spec["chip"]).device_kinds[0]
         with cut_as(case, dtype, spec.get("blocks")), tuning.compiling_for(kind):
-            found = compile_and_measure(f, specs, spec["chip"], free_layouts=case.layouts_are_free)
+            found = compile_and_measure(
+                f,
+                specs,
+                spec["chip"],
+                free_layouts=case.layouts_are_free,
+                open_rounds=case.block_rounds if spec["implementation"] == "xla" else None,
+            )
     except NoScheduleError as error:
         return {"error": str(error)}
     return figures(found)
@@ -85,10 +91,10 @@ def figures(found: Schedule) -> dict[str, Any]:
         "kernels": {
             p.name: {
                 "cycles": round(p.cycles(found.chip)),
-                "bundles": p.times * p.bundles.cycles,
-                "conditional": p.times * p.bundles.conditional,
+                "bundles": round(p.times * p.bundles.cycles),
+                "conditional": round(p.times * p.bundles.conditional),
                 "conditions_known": p.bundles.conditions_known,
-                "bytes": p.times * p.bytes,
+                "bytes": round(p.times * p.bytes),
                 "vmem_bytes": p.vmem_bytes,
                 "spills": p.bundles.spills + p.bundles.fills,
                 "busy": {unit: round(share, 3) for unit, share in p.bundles.busy.items()},

@@ -49,7 +49,7 @@ class Part(NamedTuple):
     """
 
     name: str
-    times: int
+    times: float
     bundles: Bundles
     bytes: int
     estimated_cycles: int | None
@@ -75,7 +75,7 @@ class Schedule(NamedTuple):
 
     @property
     def bytes(self) -> int:
-        return sum(p.times * p.bytes for p in self.parts) + self.background_bytes
+        return round(sum(p.times * p.bytes for p in self.parts)) + self.background_bytes
 
     @property
     def cycles(self) -> float:
@@ -88,7 +88,7 @@ class Schedule(NamedTuple):
         without = sum(p.cycles(self.chip) for p in self.parts if p.estimated_cycles is None)
         if without > 0.05 * self.cycles:
             return None
-        return sum(p.times * p.estimated_cycles for p in self.parts if p.estimated_cycles)
+        return round(sum(p.times * p.estimated_cycles for p in self.parts if p.estimated_cycles))
 
     @property
     def seconds(self) -> float:
@@ -125,6 +125,7 @@ def compile_and_measure(
     chip: str = "v5e",
     *,
     free_layouts: bool = False,
+    open_rounds: float | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> Schedule:
     """Compiles a function for a TPU, here, and reads the schedule.
@@ -137,6 +138,8 @@ def compile_and_measure(
       free_layouts: arguments and results lie in memory as the compiler likes best, as those of a
         part of a program do. Else as the runtime puts arrays: narrow ones turned so that they fill
         the lanes, and copied by a program that wants them otherwise.
+      open_rounds: how often on average a loop of the program runs whose rounds are no constant; a
+        program with such a loop is refused without.
       options: compiler options.
 
     Raises:
@@ -166,6 +169,7 @@ def compile_and_measure(
         files,
         found,
         traffic=kernel_traffic(f, *placed),
+        open_rounds=open_rounds,
         temporaries=compiled.memory_analysis().temp_size_in_bytes,
     )
 
@@ -176,6 +180,7 @@ def read_schedule(
     chip: Chip,
     *,
     traffic: Sequence[KernelTraffic] = (),
+    open_rounds: float | None = None,
     temporaries: int = 0,
 ) -> Schedule:
     """The schedule in what the compiler wrote.
@@ -185,15 +190,16 @@ def read_schedule(
       files: name -> text of the files that it wrote down.
       chip: what was compiled for.
       traffic: what the Pallas kernels of the program move.
+      open_rounds: as in `compile_and_measure`.
       temporaries: bytes, from `memory_analysis`.
 
     Raises:
       NoScheduleError: something is missing or not of the expected form.
     """
-    parsed = Program(program)
+    parsed = Program(program, open_rounds)
     dumps = _Dumps(files)
     waiting = list(traffic)
-    parts, background = [], 0
+    parts, background = [], 0.0
     for step in parsed.steps():
         instruction = step.instruction
         if instruction.opcode in _NO_WORK:
@@ -226,7 +232,7 @@ def read_schedule(
         )
     if not parts:
         raise NoScheduleError("no schedule found: the program has no parts of its own")
-    return Schedule(chip, tuple(parts), background, temporaries)
+    return Schedule(chip, tuple(parts), round(background), temporaries)
 
 
 class _Dumps:

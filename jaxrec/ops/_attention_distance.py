@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from jaxrec.ops._attention_mix_tables import taps_table, toeplitz
+from jaxrec.ops._attention_mix_tables import diagonal_sums, taps_table, toeplitz
 
 
 def square(bias: Float[Array, "groups length"]) -> Float[Array, "groups length length"]:
@@ -21,19 +21,6 @@ def square_gradient(
     d_square: Float[Array, "groups length length"],
 ) -> Float[Array, "groups length"]:
     return diagonal_sums(d_square)[:, d_square.shape[1] - 1 :]
-
-
-def diagonal_sums(d_square: Float[Array, "*lead size size"]) -> Float[Array, "*lead both"]:
-    """Transpose of `toeplitz`: `out[size - 1 + lag]` is the sum of the entries with `r - c = lag`.
-
-    A row's end padded to a stride of one less than `2 * size` moves row r by r columns against a
-    stride of `2 * size`, so that diagonals come to stand in columns.
-    """
-    *lead, size, _ = d_square.shape
-    unmoved = [(0, 0)] * len(lead)
-    rows = jnp.pad(d_square, (*unmoved, (0, 0), (0, size - 1))).reshape(*lead, -1)
-    rows = jnp.pad(rows, (*unmoved, (size - 1, 1))).reshape(*lead, size, 2 * size)
-    return rows.sum(-2)[..., :-1][..., ::-1]
 
 
 def lag_values(bias: Float[Array, "groups length"], side: int) -> Float[Array, "groups lags"]:

@@ -27,6 +27,7 @@ from benchmarks.tpu.pallas_traffic import KernelTraffic, kernel_traffic, padded_
 from benchmarks.tpu.schedule import read_schedule
 from experiments import report
 from jaxrec import ops
+from jaxrec.ops._attention_core import block_for
 from jaxrec_kernels.shapes import ATTENTION, CATALOGUE, AttentionShape, CatalogueShape
 
 V5E = CHIPS["v5e"]
@@ -365,6 +366,25 @@ def test_arrays_are_padded_to_their_tiles():
     assert arrays_of("bf16[64,1000]{1,0:T(8,128)(2,1)}")[0].bytes == 2 * 64 * 1024
     assert arrays_of("f32[1000]{0:T(1024)}")[0].bytes == 4096
     assert arrays_of("(s32[]{:T(128)}, pred[3]{0:T(256)S(1)})")[1] == (256, False)
+
+
+def test_a_loop_over_data_runs_as_often_as_is_said():
+    data = PROGRAM.replace("constant(13)", "parameter(1)")
+    found = read_schedule(data, files(), V5E, traffic=TRAFFIC, open_rounds=2.5)
+    assert [p.times for p in found.parts] == [2.5, 2.5, 1]
+    assert found.bytes == round(2.5 * (BLOCK + 1300)) + BLOCK + 2 * TABLE
+    constant = read_schedule(PROGRAM, files(), V5E, traffic=TRAFFIC, open_rounds=2.5)
+    assert [p.times for p in constant.parts] == [13, 13, 1]
+
+
+def test_a_block_of_a_long_row_meets_those_before_it():
+    case = Case("positional_kernel_attention", "n1024", False)
+    count = case.size.length // block_for(case.size.length)
+    pairs = sum(i + 1 for i in range(count))
+    assert count > 1
+    assert case.block_rounds == pairs / count
+    assert case._replace(shape="n200").block_rounds is None
+    assert Case("linear_cross_entropy", "v3k", False).block_rounds is None
 
 
 def test_the_rounds_of_nested_loops_multiply():

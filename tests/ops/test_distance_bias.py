@@ -12,7 +12,8 @@ from jax.sharding import Mesh, PartitionSpec
 from oracles import attention as oracle
 
 from jaxrec import ops
-from jaxrec.ops import _attention_core, _attention_distance, causal_attention
+from jaxrec.ops import _attention_core, causal_attention
+from jaxrec.ops import _attention_mix_tables as tables
 
 
 def attend(block):
@@ -180,12 +181,18 @@ def test_long_rows_form_no_square():
     assert cases.largest_intermediate(gradients, x, x, x, bias) <= 2 * 2 * 256 * 256
 
 
-def test_the_sums_along_diagonals_are_the_transpose(rng):
-    x, values = draw(rng, 2, 5, 5), draw(rng, 2, 9)
-    sums = np.asarray(_attention_distance.diagonal_sums(jnp.asarray(x)))
-    wanted = [[np.trace(m, offset=-lag) for lag in range(-4, 5)] for m in x]
-    close(sums, wanted, 1e-6)
-    square = np.asarray(_attention_distance.toeplitz(jnp.asarray(values)))
+@pytest.mark.parametrize(
+    "form",
+    [tables.diagonal_sums, tables._sums_by_strides, tables._sums_by_moves],
+    ids=["here", "by_strides", "by_moves"],
+)
+@pytest.mark.parametrize("size", [1, 5, 130])
+def test_the_sums_along_diagonals_are_the_transpose(rng, size, form):
+    x, values = draw(rng, 2, size, size), draw(rng, 2, 2 * size - 1)
+    sums = np.asarray(form(jnp.asarray(x)))
+    wanted = [[np.trace(m, offset=-lag) for lag in range(1 - size, size)] for m in x]
+    close(sums, wanted, 1e-5)
+    square = np.asarray(tables.toeplitz(jnp.asarray(values)))
     assert (square * x).sum() == pytest.approx((values * sums).sum(), rel=1e-5)
 
 

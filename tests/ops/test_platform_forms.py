@@ -50,7 +50,11 @@ FORMS = {
     "lookup": (_time_buckets._lookup_by_edges, _time_buckets._lookup_by_number),
     "sums": (_time_buckets._sums_by_edges, _time_buckets._sums_by_number),
     "next": (_hstu_rows._by_doubling, _hstu_rows._by_gather),
-    "toeplitz": (_attention_mix_tables._by_strides, _attention_mix_tables._by_gather),
+    "toeplitz": (
+        _attention_mix_tables._by_strides,
+        _attention_mix_tables._by_gather,
+        _attention_mix_tables._by_moves,
+    ),
 }
 
 
@@ -112,7 +116,7 @@ def test_the_time_of_the_next_event(rng, form, masks, length):
 
 
 @pytest.mark.parametrize("form", FORMS["toeplitz"])
-@pytest.mark.parametrize("size", [1, 2, 7])
+@pytest.mark.parametrize("size", [1, 2, 7, 128, 129, 300])
 def test_toeplitz_matrices_and_their_transpose(rng, form, size):
     values, d_out = draw(rng, 2, 3, 2 * size - 1), draw(rng, 2, 3, size, size)
     out, pull = jax.vjp(form, jnp.asarray(values))

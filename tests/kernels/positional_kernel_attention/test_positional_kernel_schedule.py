@@ -48,6 +48,14 @@ def test_two_hundred_events_beside_the_composed_form():
     assert kernel["cycles"] < 0.75 * composed
 
 
+def test_a_thousand_events_take_longer_than_their_operators():
+    """Squares of taps, and sums along their diagonals, are not what the time goes to."""
+    found = measured("n1024", "v5e")
+    kernels = sum(kernel["cycles"] for kernel in found["kernels"].values())
+    assert found["spills"] == 0
+    assert found["cycles"] < 1.15 * kernels
+
+
 def test_eight_thousand_events_beside_the_matrix_unit():
     """The issue's bars: 2.5 times the cycles of the products, no spills, memory by their number."""
     batch, length, heads, width = ATTENTION["n8192"]
