@@ -2,7 +2,7 @@
 
     python -m benchmarks.tpu_aot                                       # everything; takes an hour
     python -m benchmarks.tpu_aot --op linear_cross_entropy --shape v100k --chips v5e
-    python -m benchmarks.tpu_aot --op hstu_attention --json benchmarks/results/tpu_aot-hstu.json
+    python -m benchmarks.tpu_aot --op hstu_attention --chips v5e --json FILE.json
 
 Every op is compiled ahead of time for every chip on its named shapes, forward and with its
 gradient, once as XLA's form and once as the Pallas kernel where there is one, each in a process of

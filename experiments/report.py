@@ -31,6 +31,11 @@ item of the catalogue is ranked, items of the user's own history are left out, t
 includes the validation event. The checkpoint is chosen by validation and judged on the test part
 once. Intervals are 95 % bootstrap intervals over users: they tell what other users would do to the
 number, not what another seed would.
+
+MovieLens-1M is without the films of fewer than five ratings (`jaxrec data import tfds:movielens-1m
+--min-item-events 5`), Amazon Beauty is the 5-core set of 2014 (`tfds:amazon-2014-beauty`).
+Both were imported from tables of the same events, so their hashes are not those that these commands
+give.
 """
 
 
@@ -199,8 +204,8 @@ def _catalogue_loss(result: dict[str, Any]) -> str:
     if "memory" in result:
         held = result["memory"]["temporaries_mb"]
         return (
-            f"`catalogue_loss --memory`: the gradient for {where} holds {held:.0f} MB besides "
-            f"its inputs and results; {told}"
+            f"`catalogue_loss --memory`: the gradient of each position's loss for {where} "
+            f"holds {held:.0f} MB besides its inputs and results; {told}"
         )
     rows = {row["name"]: row for row in result["rows"]}
     return (

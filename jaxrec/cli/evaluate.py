@@ -28,7 +28,7 @@ class Arguments:
     part: Literal["test", "validation"] = "test"
     """Which part of the split."""
     ks: tuple[int, ...] = ()
-    """Cut-offs; the run's own by default."""
+    """Cut-offs; by default the run's own, and 10 of ranked lists."""
     checkpoint: str = "best"
     """best, last, or a step."""
     baselines: tuple[Literal["popularity", "most_recent", "item_knn"], ...] = (

@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from importlib import import_module
 
 from jaxrec.cli.huge_pages import restart_with_huge_pages
@@ -88,16 +88,19 @@ def _run(words: list[str]) -> int:
             code = getattr(import_module(module), function)(words[count:])
             return int(code or 0)
     group = [name for name in COMMANDS if name.split()[0] == words[0]]
+    if group and {"-h", "--help"} & set(words[1:2]):
+        _print_help(group)
+        return 0
     known = ", ".join(group or COMMANDS)
     given = " ".join(words[: 2 if group else 1])
     raise UserError(f"unknown command {given!r}; commands: {known}")
 
 
-def _print_help() -> None:
-    width = max(map(len, COMMANDS))
+def _print_help(names: Collection[str] = tuple(COMMANDS)) -> None:
+    width = max(map(len, names))
     print("usage: jaxrec COMMAND [options]; jaxrec COMMAND --help tells more\n")
-    for name, (_, purpose) in COMMANDS.items():
-        print(f"  {name:<{width}}  {purpose}")
+    for name in names:
+        print(f"  {name:<{width}}  {COMMANDS[name][1]}")
     print("\nData sets are kept in $JAXREC_DATA_DIR (default: a folder in the user's cache).")
 
 

@@ -1,6 +1,7 @@
 """`jaxrec train`."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -99,7 +100,8 @@ def _config_first(words: Sequence[str]) -> list[str]:
 def _help(words: Sequence[str]) -> int:
     """The command's own options; with a config, its fields too."""
     config = next((w for w in words if w.endswith(".py")), None)
-    if config is None:
+    # Printing its help ends a parser.
+    with suppress(SystemExit) if config else nullcontext():
         parse(Arguments, ["--help"], program="jaxrec train")
     try:
         default = load_config(config or "")

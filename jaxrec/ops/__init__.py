@@ -1,4 +1,4 @@
-"""The core: pure functions over arrays. Needs JAX alone."""
+"""The core: pure functions over arrays. Needs JAX and jaxtyping alone."""
 
 from jaxrec.ops._attention_decode import (
     PositionalKernelState,

@@ -79,7 +79,8 @@ class OptimizerConfig:
     b2: float = 0.999
     eps: float = 1e-8
     weight_decay: float = 0.0
-    """Decoupled (AdamW); never applied to biases, normalisation, or positional kernels."""
+    """Decoupled (AdamW); never applied to vectors (biases, normalisation), position
+    biases or positional kernels."""
     warmup_steps: int = 0
     """The rate rises linearly from zero over this many steps."""
     schedule: Literal["constant", "cosine", "linear"] = "constant"

@@ -27,9 +27,10 @@ def learning_rate(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
 
 
 def decayed(parameters: Parameters) -> dict[str, bool]:
-    """Which parameters weight decay applies to: matrices that are not positional kernels."""
+    """Which parameters weight decay applies to: matrices that say nothing of positions alone."""
+    of_positions = (".kernel.logits", ".kernel.values", ".bias.table")
     return {
-        name: value.ndim >= 2 and ".kernel.logits" not in name and ".kernel.values" not in name
+        name: value.ndim >= 2 and not any(part in name for part in of_positions)
         for name, value in parameters.items()
     }
 

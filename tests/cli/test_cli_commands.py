@@ -399,6 +399,13 @@ def test_help_of_train_with_a_config_tells_its_fields(capsys):
     assert "--model.width" in out
     assert "(default: 8)" in out
     assert "--training.epochs" in out
+    assert "--overwrite" in out
+
+
+def test_help_of_a_group_names_its_commands(capsys):
+    out = help_of(capsys, "data")
+    for name, (_, purpose) in COMMANDS.items():
+        assert (purpose in out) == name.startswith("data ")
 
 
 @pytest.mark.parametrize("word", ["--help", "-h", "help"])

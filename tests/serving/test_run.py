@@ -2,8 +2,10 @@
 
 import functools
 import json
+import re
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -74,6 +76,19 @@ def test_the_public_names_are_what_they_say():
     assert jaxrec.fit is fit
     assert isinstance(run(), Run)
     assert Error is UserError
+
+
+def test_the_readme_is_right(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    lines = re.findall(r"^run\.(?:.*)$", text, flags=re.MULTILINE)
+    assert len(lines) == 4
+    ids = {"4711": repr(FIRST_USER), '"sku-17"': repr(IDS[3])}
+    for line in lines:
+        for shown, own in ids.items():
+            line = line.replace(shown, own)
+        found = eval(line, {"run": run()})
+        assert found is not None or Path("vectors.npy").exists()
 
 
 def test_it_says_what_it_is():

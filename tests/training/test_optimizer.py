@@ -50,11 +50,12 @@ PARAMETERS = {
     "norm.scale": jnp.full((2,), 2.0),
     "blocks.0.kernel.logits": jnp.full((2, 2), 2.0),
     "blocks.0.kernel.values": jnp.full((2, 3, 3), 2.0),
+    "blocks.0.bias.table": jnp.full((32, 2), 2.0),
 }
 DECAYED = {"item_embedding", "blocks.0.query.kernel"}
 
 
-def test_only_matrices_decay_and_no_positional_kernel():
+def test_only_matrices_decay_and_nothing_of_positions():
     assert {name for name, value in decayed(PARAMETERS).items() if value} == DECAYED
     assert decayed(PARAMETERS).keys() == PARAMETERS.keys()
 
