@@ -18,7 +18,6 @@ import argparse
 import json
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -32,6 +31,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from benchmarks.peak_memory import peak_bytes
 from jaxrec import ops
 
 Loss = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
@@ -154,8 +154,7 @@ def child(args: argparse.Namespace) -> dict[str, Any]:
     begin = time.perf_counter()
     _, grads = jax.block_until_ready(f(*arrays))
     taken = time.perf_counter() - begin
-    unit = 1 if sys.platform == "darwin" else 1024
-    peak = unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peak = peak_bytes()
     returned = sum(g.nbytes for g in grads)
     return {
         "seconds_once": taken,
@@ -173,7 +172,7 @@ def resident_bytes() -> int:
     statm = Path("/proc/self/statm")
     if statm.exists():
         return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak_bytes()
 
 
 def show(report: dict[str, Any]) -> None:

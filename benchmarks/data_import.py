@@ -24,6 +24,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.csv as pacsv
 
+from benchmarks.peak_memory import peak_bytes
+
 ROWS = 20_000_000
 BAR_SECONDS = 60.0
 BAR_BYTES = 4_000_000_000
@@ -76,12 +78,10 @@ def run_import(table: Path, folder: Path) -> None:
     shop = import_table(table, "benchmark", data_dir=folder)
     seconds = time.perf_counter() - start
     usage = resource.getrusage(resource.RUSAGE_SELF)
-    # Linux counts in units of 1024 bytes, macOS in bytes.
-    unit = 1 if sys.platform == "darwin" else 1024
     result = {
         "seconds": seconds,
         "cpu_seconds": usage.ru_utime + usage.ru_stime,
-        "peak_rss_bytes": usage.ru_maxrss * unit,
+        "peak_rss_bytes": peak_bytes(),
         "users": shop.num_users,
         "items": shop.num_items,
         "events": shop.num_events,
@@ -104,7 +104,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         table = Path(folder, "events.csv")
         written = write_table(table, options.rows, options.seed)
-        command = [sys.executable, __file__, "--child", str(table), folder]
+        command = [sys.executable, "-m", "benchmarks.data_import", "--child", str(table), folder]
         done = subprocess.run(command, check=True, capture_output=True, text=True)
         result = json.loads(done.stdout.splitlines()[-1])
         size = table.stat().st_size

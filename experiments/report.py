@@ -262,7 +262,7 @@ def _train_steps(result: dict[str, Any]) -> str:
         ]
         held = ", ".join(
             f"{r['items'] / 1e6:g}M items on {'x'.join(map(str, r['mesh']))} "
-            + (f"{r['hbm_bytes']['total'] / 1e9:.1f} GB" if r["fits"] else "does not fit")
+            f"{r['hbm_bytes']['total'] / 1e9:.1f} GB{'' if r['fits'] else ' (does not fit)'}"
             for r in mine
         )
         told.append(f"{model} by {loss} on {chip}, {dtype}: {held}")

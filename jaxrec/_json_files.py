@@ -1,25 +1,18 @@
 """JSON objects on disk."""
 
 import json
-import os
-import secrets
 from pathlib import Path
 from typing import Any
 
+from jaxrec._files import replacing
 from jaxrec.errors import UserError
 
 
 def write_json(path: Path, values: Any) -> None:
     """Writes a JSON file whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}")
-    try:
-        temporary.write_text(
-            json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False) + "\n",
-            encoding="utf-8",
-        )
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    text = json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def read_json(path: Path) -> Any:

@@ -84,10 +84,6 @@ class Placement:
         names = {getattr(entry, "key", None) for entry in path}
         return BY_ITEM if names & self._by_item else EVERYWHERE
 
-    def shardings(self, tree: Any) -> Any:
-        """The sharding of every array once it is padded."""
-        return jax.tree.map(self.sharding, self.specs(tree))
-
     def sharding(self, spec: PartitionSpec) -> NamedSharding:
         return NamedSharding(self.mesh, spec)
 

@@ -12,12 +12,12 @@ from typing import Any
 import jax
 import numpy as np
 
+from benchmarks.peak_memory import peak_bytes
 from benchmarks.peers.interactions import read_interactions
 from benchmarks.peers.task import (
     Task,
     describe_machine,
     load_task,
-    peak_bytes,
     versions_of,
     write_result,
 )

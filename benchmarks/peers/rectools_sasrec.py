@@ -18,11 +18,11 @@ from rectools import Columns
 from rectools.dataset import Dataset
 from rectools.models import SASRecModel
 
+from benchmarks.peak_memory import peak_bytes
 from benchmarks.peers.task import (
     Task,
     describe_machine,
     load_task,
-    peak_bytes,
     versions_of,
     write_result,
 )

@@ -6,8 +6,6 @@ The standard library only: the peer's environment has nothing of jaxrec's.
 import json
 import os
 import platform
-import resource
-import sys
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -45,21 +43,6 @@ class Task:
 def load_task(path: str) -> Task:
     """The task that `Task.save` wrote."""
     return Task(**json.loads(Path(path).read_text(encoding="utf-8")))
-
-
-def peak_bytes() -> int:
-    """Largest resident memory of this process since it was started.
-
-    Linux hands a new program the maximum of the process that started it as `ru_maxrss`, so there
-    the figure comes from the program's own address space.
-    """
-    status = Path("/proc/self/status")
-    if status.is_file():
-        for line in status.read_text(encoding="ascii", errors="replace").splitlines():
-            if line.startswith("VmHWM:"):
-                return 1024 * int(line.split()[1])
-    usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return usage if sys.platform == "darwin" else 1024 * usage
 
 
 def describe_machine() -> str:

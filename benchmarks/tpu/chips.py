@@ -9,8 +9,7 @@ class Chip(NamedTuple):
     """One TPU chip.
 
     `flops_per_cycle` and `bytes_per_cycle` are of dense bfloat16 products and of the main memory;
-    `scoped_vmem_bytes` is what a kernel gets unless it asks for more; `device_kinds` are the names
-    that JAX has for its devices.
+    `device_kinds` are the names that JAX has for its devices.
     """
 
     name: str
@@ -20,7 +19,6 @@ class Chip(NamedTuple):
     hbm_bytes_per_second: float
     hbm_bytes: int
     vmem_bytes: int
-    scoped_vmem_bytes: int
     device_kinds: tuple[str, ...]
 
     @property
@@ -37,12 +35,8 @@ _MIB = 1 << 20
 # multiplication and an addition each. Together with the clock they give 197 and 918 TFLOP/s.
 _KINDS = {"v5e": ("TPU v5 lite", "TPU v5e"), "v6e": ("TPU v6 lite", "TPU v6e")}
 CHIPS: dict[str, Chip] = {
-    "v5e": Chip(
-        "v5e", "v5e:2x2", 1.5e9, 131_072, 819e9, 16 << 30, 128 * _MIB, 16 * _MIB, _KINDS["v5e"]
-    ),
-    "v6e": Chip(
-        "v6e", "v6e:2x2", 1.75e9, 524_288, 1_640e9, 32 << 30, 128 * _MIB, 32 * _MIB, _KINDS["v6e"]
-    ),
+    "v5e": Chip("v5e", "v5e:2x2", 1.5e9, 131_072, 819e9, 16 << 30, 128 * _MIB, _KINDS["v5e"]),
+    "v6e": Chip("v6e", "v6e:2x2", 1.75e9, 524_288, 1_640e9, 32 << 30, 128 * _MIB, _KINDS["v6e"]),
 }
 
 

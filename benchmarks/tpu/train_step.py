@@ -8,8 +8,8 @@ the guard against values that are not finite, the state donated. Only the sizes 
 the loss on request. The batch is the largest there is: every history is longer than a row, so every
 sequence fills one.
 
-The last line printed is a JSON object: what a chip holds, the kernels and the collectives; or
-`fits` false with the compiler's own figure; or `error`, why there are no figures.
+The last line printed is a JSON object: what a chip holds, the kernels and the collectives, or the
+compiler's own figure where it refuses the step; or `error`, why there are no figures.
 """
 
 import json
@@ -143,8 +143,12 @@ def fullest_batch(config: Experiment, *, shards: int) -> dict[str, np.ndarray]:
     return batches[0]
 
 
-def compiled_figures(program: Any) -> dict[str, Any]:
-    """Compiles a traced step and says what a chip holds and what the program consists of."""
+def compiled_figures(program: Any, chip_bytes: int) -> dict[str, Any]:
+    """Compiles a traced step and says what a chip holds and what the program consists of.
+
+    The compiler has accepted a step whose figures add up to more than the chip has (HSTU over ten
+    million items on a v5e), so it is not asked alone.
+    """
     begin = time.process_time()
     try:
         compiled = program.compile()
@@ -162,7 +166,7 @@ def compiled_figures(program: Any) -> dict[str, Any]:
     # What is given away to the step lies where its results do.
     held["total"] = sum(held.values()) - 2 * held["aliased"]
     return {
-        "fits": True,
+        "fits": held["total"] <= chip_bytes,
         "hbm_bytes": held,
         **consists_of(Program(compiled.as_text())),
         "compile_cpu_seconds": _since(begin),
@@ -219,11 +223,11 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
     from jax.experimental import topologies
 
     config = experiment(spec["model"], dtype=spec["dtype"], loss=spec["loss"])
-    topology = topologies.get_topology_desc(
-        platform="tpu", topology_name=chip_named(spec["chip"]).topology
-    )
+    chip = chip_named(spec["chip"])
+    topology = topologies.get_topology_desc(platform="tpu", topology_name=chip.topology)
     data, model = spec["mesh"]
-    return compiled_figures(lowered(config, spec["items"], (data, model), topology.devices))
+    step = lowered(config, spec["items"], (data, model), topology.devices)
+    return compiled_figures(step, chip.hbm_bytes)
 
 
 def _since(begin: float) -> float:

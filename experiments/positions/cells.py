@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from experiments.positions.arms import Arm
+from jaxrec._files import replacing
 from jaxrec._json_files import read_json
 from jaxrec.errors import UserError
 from jaxrec.serving.run import Run
@@ -129,15 +130,13 @@ def judge(cell: Cell, run: Run, path: Path) -> None:
                 f"{told[metric]:.4f}; it was trained by other code, train it again"
             )
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.part")
-    with temporary.open("wb") as file:
+    with replacing(path) as temporary, temporary.open("wb") as file:
         np.savez_compressed(
             file,
             key=np.array(_key(cell)),
             users=np.asarray(evaluation.users, np.int64),
             **{metric: evaluation.per_list[metric] for metric in BY_USER},
         )
-    temporary.replace(path)
 
 
 def read_values(cell: Cell, out: Path) -> Values | None:

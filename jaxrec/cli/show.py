@@ -1,7 +1,6 @@
 """`jaxrec show`."""
 
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ from typing import Any
 import tyro
 from rich.console import Console
 
+from jaxrec._files import replacing
 from jaxrec.cli.arguments import parse
 from jaxrec.cli.output import console, print_json
 from jaxrec.errors import UserError
@@ -157,12 +157,8 @@ def _draw(path: Path, config: Experiment, lines: list[dict[str, Any]]) -> None:
     left.set(title="training loss", xlabel="step")
     right.plot(points, values, marker=".")
     right.set(title=f"validation {config.training.metric}", xlabel="step")
-    temporary = path.with_name(f".{path.name}.part")
     try:
-        figure.savefig(temporary, dpi=130, format="png")
-        temporary.replace(path)
+        with replacing(path) as temporary:
+            figure.savefig(temporary, dpi=130, format="png")
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror})") from None
-    finally:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)

@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from jaxrec.data.packing import Placement, Rows, fill, place, place_alone
+from jaxrec.data.packing import Places, Rows, fill, place, place_alone
+from jaxrec.data.ranges import events_of
 from jaxrec.errors import UserError
 
 # Batches that are packed to find out how many rows they need: enough for the rare ones to show.
@@ -165,7 +166,7 @@ class TrainingBatches:
         # Sequences come in the order of their strata of length, so every part gets all lengths.
         return [chosen[part :: self._shards] for part in range(self._shards)]
 
-    def _place(self, chosen: NDArray[np.int64]) -> Placement:
+    def _place(self, chosen: NDArray[np.int64]) -> Places:
         if self._packed:
             return place(self._lengths[chosen], self.max_length)
         return place_alone(len(chosen))
@@ -186,20 +187,20 @@ class TrainingBatches:
         most = max(int(self._lengths[part].sum()) for part in parts)
         capacity = _grown(self._shard_events, most)
         filled = [
-            self._fill(part, placement, rows, capacity)
-            for part, placement in zip(parts, placements, strict=True)
+            self._fill(part, places, rows, capacity)
+            for part, places in zip(parts, placements, strict=True)
         ]
         if len(filled) == 1:
             return filled[0]
         return {name: np.concatenate([one[name] for one in filled]) for name in filled[0]}
 
     def _fill(
-        self, chosen: NDArray[np.int64], placement: Placement, rows: int, capacity: int
+        self, chosen: NDArray[np.int64], places: Places, rows: int, capacity: int
     ) -> dict[str, NDArray[Any]]:
         starts, lengths = self._starts[chosen], self._lengths[chosen]
-        events = gather_index(starts, lengths)
+        events = events_of(starts, starts + lengths)
         filled, slot = fill(
-            placement,
+            places,
             lengths,
             self._items[events],
             rows=rows,
@@ -232,13 +233,6 @@ def _grown(capacity: int, needed: int) -> int:
     if needed <= capacity:
         return capacity
     return capacity + _round_up(needed - capacity, max(1, capacity // 8))
-
-
-def gather_index(starts: NDArray[np.int64], lengths: NDArray[np.integer]) -> NDArray[np.int64]:
-    """Flat indices of the ranges [starts, starts + lengths), one after the other."""
-    lengths = lengths.astype(np.int64)
-    shift = starts - (np.cumsum(lengths) - lengths)
-    return np.arange(int(lengths.sum())) + np.repeat(shift, lengths)
 
 
 class ContextBatch(NamedTuple):
@@ -309,7 +303,7 @@ class ContextBatches:
 
     def __getitem__(self, number: int) -> ContextBatch:
         pairs = zip(self._parts[number], self._placements[number], strict=True)
-        filled = [self._fill(part, placement) for part, placement in pairs]
+        filled = [self._fill(part, places) for part, places in pairs]
         if len(filled) == 1:
             return filled[0]
         names = filled[0].columns
@@ -319,11 +313,11 @@ class ContextBatches:
             np.concatenate([one.which for one in filled]),
         )
 
-    def _fill(self, chosen: NDArray[np.int64], placement: Placement) -> ContextBatch:
+    def _fill(self, chosen: NDArray[np.int64], places: Places) -> ContextBatch:
         starts, lengths = self._starts[chosen], self._lengths[chosen]
-        events = gather_index(starts, lengths)
+        events = events_of(starts, starts + lengths)
         rows, _ = fill(
-            placement,
+            places,
             lengths,
             self._items[events],
             rows=self._shard_rows,
@@ -332,7 +326,7 @@ class ContextBatches:
             timestamps=None if self._timestamps is None else self._timestamps[events],
         )
         last = np.zeros(self._shard_size, np.int32)
-        last[: len(chosen)] = placement.row * self._max_length + placement.offset + lengths - 1
+        last[: len(chosen)] = places.row * self._max_length + places.offset + lengths - 1
         which = np.full(self._shard_size, -1, np.int64)
         which[: len(chosen)] = chosen
         return ContextBatch(columns(rows), last, which)

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 
-class Placement(NamedTuple):
+class Places(NamedTuple):
     """Where each sequence of a batch lies."""
 
     row: NDArray[np.int64]
@@ -31,7 +31,7 @@ class Rows(NamedTuple):
     """Seconds since the sequence's first event; only for models that read them."""
 
 
-def place(lengths: NDArray[np.integer], capacity: int) -> Placement:
+def place(lengths: NDArray[np.integer], capacity: int) -> Places:
     """First-fit decreasing: the longest sequence first, each into the first row with room.
 
     Uses at most 11/9 of the fewest possible rows (plus a constant), in practice 1 to 3 % more.
@@ -69,27 +69,27 @@ def place(lengths: NDArray[np.integer], capacity: int) -> Placement:
         segment[i] = used[r]
         room[r] -= need
         rows = max(rows, r + 1)
-    return Placement(row, offset, segment, rows)
+    return Places(row, offset, segment, rows)
 
 
-def place_alone(count: int) -> Placement:
+def place_alone(count: int) -> Places:
     """Every sequence in a row of its own."""
-    return Placement(np.arange(count), np.zeros(count, np.int64), np.ones(count, np.int32), count)
+    return Places(np.arange(count), np.zeros(count, np.int64), np.ones(count, np.int32), count)
 
 
 def slots(
-    placement: Placement, lengths: NDArray[np.integer], capacity: int
+    places: Places, lengths: NDArray[np.integer], capacity: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Flat slot of every event, and the event's index within its sequence (oldest is 0)."""
     lengths = lengths.astype(np.int64)
-    first_slot = placement.row * capacity + placement.offset
+    first_slot = places.row * capacity + places.offset
     first_event = np.cumsum(lengths) - lengths
     index = np.arange(int(lengths.sum())) - np.repeat(first_event, lengths)
     return np.repeat(first_slot, lengths) + index, index
 
 
 def fill(
-    placement: Placement,
+    places: Places,
     lengths: NDArray[np.integer],
     items: NDArray[np.integer],
     *,
@@ -101,10 +101,10 @@ def fill(
     """Writes the sequences into `rows` rows of `capacity` slots.
 
     Args:
-      placement: from `place`.
+      places: from `place`.
       lengths: int[sequences].
       items: the sequences' items, one after the other.
-      rows: at least `placement.rows`; the rest stays padding, so that shapes are static.
+      rows: at least `places.rows`; the rest stays padding, so that shapes are static.
       capacity: slots of a row.
       count_from_newest: positions count back from the newest event instead of from the oldest.
       timestamps: of every event, in the order of `items`; differences beyond int32 are clipped.
@@ -112,14 +112,14 @@ def fill(
     Returns:
       The rows, and the flat slot of every event in the order of `items`.
     """
-    slot, index = slots(placement, lengths, capacity)
+    slot, index = slots(places, lengths, capacity)
 
     def column(values: NDArray[np.integer]) -> NDArray[np.int32]:
         out = np.zeros(rows * capacity, np.int32)
         out[slot] = values
         return out.reshape(rows, capacity)
 
-    segment_ids = column(np.repeat(placement.segment, lengths))
+    segment_ids = column(np.repeat(places.segment, lengths))
     if count_from_newest:
         index = np.repeat(lengths, lengths) - 1 - index
     filled = Rows(

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import numpy as np
 
 from jaxrec.data.prepared import Interactions
+from jaxrec.data.ranges import events_of
 from jaxrec.errors import UserError
 from jaxrec.registry import names, resolve
 
@@ -44,7 +45,7 @@ class Spans:
 
     def events(self) -> np.ndarray:
         """int64[num_events], the flat event indices of all runs, in order."""
-        return _flatten(self.starts, self.stops)
+        return events_of(self.starts, self.stops)
 
 
 @dataclass(frozen=True, eq=False)
@@ -182,7 +183,7 @@ def temporal(
     threshold = _quantile(times, quantile)
     test_begins = _first_after(times, interactions.offsets, threshold)
     trainable = test_begins - starts >= 2
-    part = _flatten(starts[trainable], test_begins[trainable])
+    part = events_of(starts[trainable], test_begins[trainable])
     if len(part) == 0:
         raise UserError(
             f"{interactions.name}: no user has two events up to {_moment(threshold, interactions)} "
@@ -300,12 +301,6 @@ def _spans(users: np.ndarray, starts: np.ndarray, stops: np.ndarray) -> Spans:
     return Spans(users[kept], starts[kept], stops[kept])
 
 
-def _flatten(starts: np.ndarray, stops: np.ndarray) -> np.ndarray:
-    lengths = stops - starts
-    before = np.cumsum(lengths) - lengths
-    return np.arange(int(lengths.sum()), dtype=np.int64) + np.repeat(starts - before, lengths)
-
-
 def _targets(
     users: np.ndarray,
     starts: np.ndarray,
@@ -320,7 +315,7 @@ def _targets(
     if target == "all":
         without_context = int(np.sum((begins < ends) & (begins == starts)))
         lengths = np.maximum(ends - usable, 0)
-        chosen = _flatten(usable, usable + lengths)
+        chosen = events_of(usable, usable + lengths)
         rows = np.repeat(np.arange(len(users)), lengths)
         return Targets(users[rows], starts[rows], chosen, chosen), without_context
     kept = usable < ends

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from jaxrec.evaluation.item_neighbours import item_similarities as item_similarities
     from jaxrec.evaluation.metrics import RelevantSets as RelevantSets
     from jaxrec.evaluation.metrics import coverage as coverage
-    from jaxrec.evaluation.metrics import per_user as per_user
+    from jaxrec.evaluation.metrics import per_list as per_list
     from jaxrec.evaluation.metrics import ranking_metrics as ranking_metrics
     from jaxrec.evaluation.ranked_lists import evaluate_ranked as evaluate_ranked
     from jaxrec.evaluation.ranked_lists import read_ranked as read_ranked
@@ -62,7 +62,7 @@ _LAZY: dict[str, str] = {
     "log_loss": "jaxrec.evaluation.ctr_metrics",
     "most_recent": "jaxrec.evaluation.baselines",
     "paired_difference": "jaxrec.evaluation.bootstrap",
-    "per_user": "jaxrec.evaluation.metrics",
+    "per_list": "jaxrec.evaluation.metrics",
     "popularity": "jaxrec.evaluation.baselines",
     "popularity_scores": "jaxrec.evaluation.baselines",
     "print_report": "jaxrec.evaluation.report",

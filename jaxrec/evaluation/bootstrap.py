@@ -65,7 +65,7 @@ def confidence_interval(
     one user, pass `groups`: users are drawn with all their lists, and the mean is over lists.
 
     Args:
-      values: [m], one value a list, as from `metrics.per_user`.
+      values: [m], one value a list, as from `metrics.per_list`.
       level: share of the resampled means inside, between 0 and 1.
       resamples: how many.
       seed: the same seed gives the same interval.
@@ -96,7 +96,7 @@ def confidence_interval(
 
 
 def confidence_intervals(
-    per_user: Mapping[str, ArrayLike],
+    per_list: Mapping[str, ArrayLike],
     *,
     level: float = 0.95,
     resamples: int = 1000,
@@ -107,7 +107,7 @@ def confidence_intervals(
     """`confidence_interval` of each metric by itself.
 
     Args:
-      per_user: name to [m] values, as from `metrics.per_user`.
+      per_list: name to [m] values, as from `metrics.per_list`.
       level, resamples, seed, method, groups: as in `confidence_interval`.
 
     Returns:
@@ -125,7 +125,7 @@ def confidence_intervals(
         name: confidence_interval(
             values, level=level, resamples=resamples, seed=seed, method=method, groups=groups
         )
-        for name, values in per_user.items()
+        for name, values in per_list.items()
     }
 
 

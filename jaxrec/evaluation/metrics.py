@@ -110,7 +110,7 @@ def ranking_metrics(
     }
 
 
-def per_user(
+def per_list(
     lists: ArrayLike,
     targets: ArrayLike | RelevantSets,
     ks: Sequence[int] = DEFAULT_KS,
@@ -133,7 +133,7 @@ def per_user(
 
     Cost and source: as in `ranking_metrics`.
 
-    >>> per_user([[4, 2, 0], [1, 3, 2]], [2, 0], ks=(3,), names=("mrr",))
+    >>> per_list([[4, 2, 0], [1, 3, 2]], [2, 0], ks=(3,), names=("mrr",))
     {'mrr@3': array([0.5, 0. ])}
     """
     _check_names(names, LIST_METRICS)

@@ -27,7 +27,7 @@ from jaxrec.evaluation.results import Evaluation, evaluate_lists
 
 
 @dataclass(frozen=True, eq=False)
-class RankedLists:
+class RankedFile:
     """What a ranked-lists file says, in indices of a data set.
 
     Attributes:
@@ -54,7 +54,7 @@ def read_ranked(
     score_column: str = "score",
     items_column: str = "items",
     item_separator: str | None = None,
-) -> RankedLists:
+) -> RankedFile:
     """Reads a ranked-lists file of either form and checks it whole.
 
     Args:
@@ -67,7 +67,7 @@ def read_ranked(
       item_separator: what separates the ids of the wide form in text; white space by default.
 
     Returns:
-      `RankedLists`, users in order of index.
+      `RankedFile`, users in order of index.
 
     Raises:
       UserError: naming the file and the row (in CSV the header is row 1, empty lines are not
@@ -317,14 +317,14 @@ def _assemble(
     lengths: NDArray[np.int64],
     k: int | None,
     notes: Sequence[str],
-) -> RankedLists:
+) -> RankedFile:
     longest = int(lengths.max())
     width = longest if k is None else min(k, longest)
     lists = np.full((lengths.size, width), -1, np.int32)
     kept = position < width
     lists[owner[kept], position[kept]] = items[kept]
     starts = np.cumsum(lengths) - lengths
-    return RankedLists(users[starts], lists, lengths, tuple(notes))
+    return RankedFile(users[starts], lists, lengths, tuple(notes))
 
 
 def _wide(
@@ -333,7 +333,7 @@ def _wide(
     interactions: Interactions,
     separator: str | None,
     k: int | None,
-) -> RankedLists:
+) -> RankedFile:
     order = np.argsort(users, kind="stable")
     again = np.flatnonzero(users[order[1:]] == users[order[:-1]])
     if again.size:

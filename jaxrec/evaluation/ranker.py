@@ -11,7 +11,8 @@ from jax import Array
 from numpy.typing import NDArray
 
 from jaxrec import ops
-from jaxrec.data.batches import ContextBatches, gather_index
+from jaxrec.data.batches import ContextBatches
+from jaxrec.data.ranges import events_of
 from jaxrec.devices import BY_ITEM, BY_SEQUENCE, MODEL, Placement
 from jaxrec.processes import to_host
 
@@ -81,7 +82,7 @@ class Contexts:
                 starts, stops = self.starts[which[used]], self.stops[which[used]]
                 seen = np.full((len(within), width), -1, np.int32)
                 owners = np.repeat(np.arange(len(used)), stops - starts)
-                events = gather_index(starts, stops - starts)
+                events = events_of(starts, stops)
                 seen[used[owners], events - starts[owners]] = self.items[events]
                 yield which, {**columns, "last": last}, seen
 

@@ -17,7 +17,7 @@ from jaxrec.evaluation._questions import (
     one_list_per_user,
     targets_of,
 )
-from jaxrec.evaluation.metrics import DEFAULT_KS, coverage, per_user
+from jaxrec.evaluation.metrics import DEFAULT_KS, coverage, per_list
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,7 +99,7 @@ def evaluate_lists(
     ranked = np.asarray(lists)
     if len(ranked) != len(questions.users):
         raise UserError(f"wanted {len(questions.users)} lists, one a question, got {len(ranked)}")
-    values = per_user(ranked, questions.relevant, ks)
+    values = per_list(ranked, questions.relevant, ks)
     metrics: dict[str, float] = {}
     for k in ks:
         metrics |= {key: float(v.mean()) for key, v in values.items() if key.endswith(f"@{k}")}

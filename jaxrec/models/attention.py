@@ -219,10 +219,8 @@ class SelfAttention(nnx.Module):
             "dropout_key": dropout_key,
         }
         length = query.shape[1]
-        if config.position == "rope":
-            # Logits depend on differences alone, and a sequence lies in one piece.
-            slots = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), query.shape[:2])
-            query, key = self.rotate(query, slots), self.rotate(key, slots)
+        # Logits depend on differences alone, and a sequence lies in one piece.
+        query, key = self.rotated(query, key)
         if self.kernel is not None:
             out = self.kernel(query, key, value, positions=positions, **options)
         elif self.bias is not None:
@@ -246,9 +244,7 @@ class SelfAttention(nnx.Module):
         """`attend` without dropout, from the flat slots `last`, each its sequence's newest."""
         query, key, value = self.project(query_input, key_input)
         length = key.shape[1]
-        if self.config.position == "rope":
-            slots = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), query.shape[:2])
-            query, key = self.rotate(query, slots), self.rotate(key, slots)
+        query, key = self.rotated(query, key)
         if self.kernel is not None:
             masks = {"valid": valid, "segment_ids": segment_ids, "positions": positions}
             key, value = self.kernel.mixed(key, value, **masks)
@@ -288,9 +284,7 @@ class SelfAttention(nnx.Module):
             out, state = self.kernel.prefill(query, key, value, valid=valid, capacity=capacity)
             return self.finish(out), state
         length = query.shape[1]
-        if self.config.position == "rope":
-            slots = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), query.shape[:2])
-            query, key = self.rotate(query, slots), self.rotate(key, slots)
+        query, key = self.rotated(query, key)
         bias = None if self.bias is None else self.bias(length)
         out = ops.causal_attention(query, key, value, valid=valid, distance_bias=bias)
         cache = KeysAndValues(into_slots(key, capacity), into_slots(value, capacity))
@@ -308,9 +302,7 @@ class SelfAttention(nnx.Module):
         if self.kernel is not None:
             out, cache = self.kernel.extend(cache, query, key, value)
             return self.finish(out), cache
-        if self.config.position == "rope":
-            slots = length[:, None] + jnp.arange(query.shape[1], dtype=jnp.int32)[None, :]
-            query, key = self.rotate(query, slots), self.rotate(key, slots)
+        query, key = self.rotated(query, key, behind=length)
         bias = None if self.bias is None else self.bias(cache.key.shape[1])
         out = ops.cached_attention(
             query,
@@ -334,8 +326,20 @@ class SelfAttention(nnx.Module):
             self.value(key_input).reshape(shape),
         )
 
-    def rotate(self, x: Array, positions: Array) -> Array:
-        return ops.rotary_embedding(x, positions, base=self.config.rope_base)
+    def rotated(
+        self, query: Array, key: Array, *, behind: Int[Array, " rows"] | int = 0
+    ) -> tuple[Array, Array]:
+        """Where positions are rotary, turned by their slots, the first of which is `behind`."""
+        if self.config.position != "rope":
+            return query, key
+        new = jnp.arange(query.shape[1], dtype=jnp.int32)[None, :]
+        slots = jnp.asarray(behind, jnp.int32).reshape(-1, 1) + new
+        slots = jnp.broadcast_to(slots, query.shape[:2])
+
+        def turned(x: Array) -> Array:
+            return ops.rotary_embedding(x, slots, base=self.config.rope_base)
+
+        return turned(query), turned(key)
 
     def finish(self, out: Array) -> Array:
         out = out.reshape(*out.shape[:2], self.config.width)

@@ -1,7 +1,6 @@
 """A trained run, ready for use: recommend, evaluate, find similar items, export vectors."""
 
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from jaxrec._files import replacing
 from jaxrec.data._ids import Id, IdIndex
 from jaxrec.data.prepared import Interactions
 from jaxrec.data.splits import Split
@@ -345,23 +345,19 @@ class Run:
         """
         path = Path(path)
         vectors = self.item_vectors()
-        temporary = path.with_name(f".{path.name}.part")
         try:
-            if path.suffix == ".npy":
-                with temporary.open("wb") as file:
-                    np.save(file, vectors, allow_pickle=False)
-            elif path.suffix == ".parquet":
-                flat = pa.array(vectors.reshape(-1))
-                column = pa.FixedSizeListArray.from_arrays(flat, vectors.shape[1])
-                pq.write_table(self.item_table.append_column("vector", column), temporary)
-            else:
-                raise UserError(f"{path}: item vectors are written to .npy or .parquet")
-            temporary.replace(path)
+            with replacing(path) as temporary:
+                if path.suffix == ".npy":
+                    with temporary.open("wb") as file:
+                        np.save(file, vectors, allow_pickle=False)
+                elif path.suffix == ".parquet":
+                    flat = pa.array(vectors.reshape(-1))
+                    column = pa.FixedSizeListArray.from_arrays(flat, vectors.shape[1])
+                    pq.write_table(self.item_table.append_column("vector", column), temporary)
+                else:
+                    raise UserError(f"{path}: item vectors are written to .npy or .parquet")
         except OSError as error:
             raise UserError(f"{path}: cannot be written ({error.strerror})") from None
-        finally:
-            with suppress(OSError):
-                temporary.unlink(missing_ok=True)
         return path
 
     def export(

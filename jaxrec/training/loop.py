@@ -13,6 +13,7 @@ import jax
 from jaxrec.data.pipeline import training_iterator
 from jaxrec.devices import Placement
 from jaxrec.errors import UserError
+from jaxrec.evaluation.baselines import popularity_scores
 from jaxrec.evaluation.evaluator import Evaluator, sample_targets
 from jaxrec.evaluation.ranker import Ranker
 from jaxrec.processes import agreed, count, first, highest, in_turn, stopping_together
@@ -27,7 +28,6 @@ from jaxrec.training.run_lock import alone_in
 from jaxrec.training.run_start import begin, check_free
 from jaxrec.training.setup import (
     count_from_newest,
-    count_items,
     located,
     make_loss,
     make_model,
@@ -91,7 +91,7 @@ def _train(
     make_loss(config.loss)
     interactions = in_turn(lambda: open_data(config.data))
     split = split_data(config, interactions)
-    loss = make_loss(config.loss, lambda: count_items(interactions, split))
+    loss = make_loss(config.loss, lambda: popularity_scores(interactions, split))
     placement = make_placement(config, interactions.num_items)
     shards = 1 if placement is None else placement.data
     batches = training_batches(config, interactions, split, shards=shards)

@@ -11,7 +11,7 @@ import numpy as np
 from jax import Array
 from numpy.typing import NDArray
 
-from jaxrec.data.batches import TrainingBatches, gather_index
+from jaxrec.data.batches import TrainingBatches
 from jaxrec.data.paths import dataset_names
 from jaxrec.data.prepared import Interactions, open_prepared
 from jaxrec.data.splits import Split, make_split, resolve_split
@@ -128,13 +128,6 @@ def make_model(
         seed=config.training.seed,
     )
     return split_model(model)
-
-
-def count_items(interactions: Interactions, split: Split) -> NDArray[np.int64]:
-    """int64[items]: how often each item is a training event."""
-    ranges = split.train
-    items = interactions.items[gather_index(ranges.starts, ranges.stops - ranges.starts)]
-    return np.bincount(items, minlength=interactions.num_items)
 
 
 def make_loss(

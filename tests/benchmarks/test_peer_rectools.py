@@ -11,11 +11,12 @@ import pytest
 import small_sets
 
 from benchmarks import peer_rectools
+from benchmarks.peak_memory import peak_bytes
 from benchmarks.peer_rectools import Arguments, described, limited_to, main, make_task
 from benchmarks.peers import environment
 from benchmarks.peers.comparison import compare, table
 from benchmarks.peers.interactions import read_interactions, write_interactions
-from benchmarks.peers.task import Task, describe_machine, load_task, peak_bytes
+from benchmarks.peers.task import Task, describe_machine, load_task
 from jaxrec.data.splits import leave_one_out
 from jaxrec.errors import UserError
 

@@ -15,10 +15,10 @@ from jaxrec.data import batches as batches_module
 from jaxrec.data.batches import (
     ContextBatches,
     TrainingBatches,
-    gather_index,
     recent,
     stratified_batches,
 )
+from jaxrec.data.ranges import events_of
 from jaxrec.data.splits import leave_one_out
 from jaxrec.errors import UserError
 
@@ -65,9 +65,9 @@ def test_recent_cuts_to_the_newest():
     assert cut.lengths.tolist() == [3, 4, 1]
 
 
-def test_gather_index():
-    assert gather_index(np.array([5, 0, 9]), np.array([2, 3, 1])).tolist() == [5, 6, 0, 1, 2, 9]
-    assert gather_index(np.array([], int), np.array([], int)).tolist() == []
+def test_events_of_ranges():
+    assert events_of(np.array([5, 0, 9]), np.array([7, 3, 10])).tolist() == [5, 6, 0, 1, 2, 9]
+    assert events_of(np.array([], int), np.array([], int)).tolist() == []
 
 
 @given(st.lists(st.integers(1, 30), min_size=1, max_size=60), st.data())

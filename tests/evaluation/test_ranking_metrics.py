@@ -10,7 +10,7 @@ from oracles import ranking_metrics as oracle
 
 from jaxrec.errors import UserError
 from jaxrec.evaluation import metrics
-from jaxrec.evaluation.metrics import RelevantSets, coverage, per_user, ranking_metrics
+from jaxrec.evaluation.metrics import RelevantSets, coverage, per_list, ranking_metrics
 
 LOG2_3 = math.log2(3)
 
@@ -49,23 +49,23 @@ def test_several_targets_by_hand():
 
 
 def test_repeated_item_counts_once():
-    single = per_user([[5, 3, 3]], [3], ks=(3,))
+    single = per_list([[5, 3, 3]], [3], ks=(3,))
     assert single["precision@3"][0] == pytest.approx(1 / 3)
     assert single["ndcg@3"][0] == pytest.approx(1 / LOG2_3)
-    several = per_user([[3, 3, 4]], RelevantSets.from_lists([[3, 4]]), ks=(2, 3))
+    several = per_list([[3, 3, 4]], RelevantSets.from_lists([[3, 4]]), ks=(2, 3))
     assert several["recall@2"][0] == 0.5
     assert several["map@3"][0] == pytest.approx((1 + 2 / 3) / 2)
 
 
 def test_relevant_item_named_twice_counts_once():
-    twice = per_user([[3, 1], [2, 0]], RelevantSets.from_lists([[3, 3, 1], [0]]), ks=(2,))
-    once = per_user([[3, 1], [2, 0]], RelevantSets.from_lists([[1, 3], [0]]), ks=(2,))
+    twice = per_list([[3, 1], [2, 0]], RelevantSets.from_lists([[3, 3, 1], [0]]), ks=(2,))
+    once = per_list([[3, 1], [2, 0]], RelevantSets.from_lists([[1, 3], [0]]), ks=(2,))
     for key, values in once.items():
         np.testing.assert_array_equal(twice[key], values)
 
 
 def test_empty_slots_never_hit_and_keep_their_rank():
-    result = per_user([[-1, -1, 0], [-1, 4, -1]], RelevantSets.from_lists([[0, 1], [3]]), ks=(3,))
+    result = per_list([[-1, -1, 0], [-1, 4, -1]], RelevantSets.from_lists([[0, 1], [3]]), ks=(3,))
     np.testing.assert_allclose(result["mrr@3"], [1 / 3, 0.0])
     assert coverage([[-1, -1, 0], [-1, 4, -1]], 5, 3) == pytest.approx(2 / 5)
 
@@ -100,7 +100,7 @@ def test_equals_plain_loops(problem, block):
     wanted = oracle.per_list(lists, relevant, ks)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(metrics, "_BLOCK_CELLS", block)
-        got = per_user(lists, RelevantSets.from_lists(relevant), ks)
+        got = per_list(lists, RelevantSets.from_lists(relevant), ks)
         means = ranking_metrics(lists, RelevantSets.from_lists(relevant), items, ks)
     assert set(got) == set(wanted)
     for key, values in wanted.items():
@@ -115,8 +115,8 @@ def test_equals_plain_loops(problem, block):
 def test_one_target_forms_agree(problem):
     lists, relevant, _, ks = problem
     targets = np.array([items[0] for items in relevant])
-    as_sets = per_user(lists, RelevantSets.from_lists(relevant), ks)
-    got = per_user(lists, targets, ks)
+    as_sets = per_list(lists, RelevantSets.from_lists(relevant), ks)
+    got = per_list(lists, targets, ks)
     wanted = oracle.per_list(lists, relevant, ks)
     for key, values in got.items():
         np.testing.assert_array_equal(values, as_sets[key])
@@ -164,9 +164,9 @@ def test_blocks_give_what_one_block_gives(rng, monkeypatch):
     sizes = rng.integers(1, 4, 101)
     sets = RelevantSets(np.append(0, np.cumsum(sizes)), rng.integers(0, 50, sizes.sum()))
     for judged in (targets, sets):
-        whole = per_user(lists, judged, (5,))
+        whole = per_list(lists, judged, (5,))
         monkeypatch.setattr(metrics, "_BLOCK_CELLS", 50)
-        parts = per_user(lists, judged, (5,))
+        parts = per_list(lists, judged, (5,))
         monkeypatch.undo()
         for key, values in whole.items():
             np.testing.assert_array_equal(parts[key], values)
@@ -205,4 +205,4 @@ def test_bad_input_is_one_clear_line(arguments, message):
 
 def test_per_user_refuses_coverage():
     with pytest.raises(UserError, match="unknown metric 'coverage'"):
-        per_user([[0]], [0], ks=(1,), names=("coverage",))
+        per_list([[0]], [0], ks=(1,), names=("coverage",))

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from oracles import sasrec as oracle
 
-from jaxrec.data.packing import Placement, fill, place, place_alone
+from jaxrec.data.packing import Places, fill, place, place_alone
 from jaxrec.errors import UserError
 from jaxrec.losses.catalogue import full_softmax
 from jaxrec.models.binding import build_model, split_model
@@ -120,7 +120,7 @@ def rows_of(found, config, *, packed=True, start=0):
     lengths = np.array([len(one) - 1 for one in found])
     placed = place(lengths, LENGTH) if packed else place_alone(len(found))
     if start:
-        placed = Placement(placed.row, placed.offset + start, placed.segment, placed.rows)
+        placed = Places(placed.row, placed.offset + start, placed.segment, placed.rows)
     rows, slots = fill(
         placed,
         lengths,

@@ -17,7 +17,6 @@ from oracles import linear_cross_entropy as oracle
 from jaxrec import ops
 from jaxrec.ops import _catalogue, _catalogue_loss
 
-SHAPES = [(1, 1, 1), (1, 9, 3), (9, 1, 3), (13, 20, 5)]
 SMALL = ["small", "small_two_pass"]
 CASES = [
     ((1, 1, 1), jnp.float32, "small"),

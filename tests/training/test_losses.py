@@ -15,6 +15,7 @@ from small_sets import ITEMS, compiled_once, shop, small_config
 from jaxrec import ops
 from jaxrec.data.splits import leave_one_out
 from jaxrec.errors import UserError
+from jaxrec.evaluation.baselines import popularity_scores
 from jaxrec.losses import sampled
 from jaxrec.losses.catalogue import full_softmax
 from jaxrec.registry import names
@@ -25,7 +26,6 @@ from jaxrec.training.loop import train
 from jaxrec.training.optimizer import make_optimizer
 from jaxrec.training.run_folder import RunFolder
 from jaxrec.training.setup import (
-    count_items,
     make_loss,
     make_model,
     make_placement,
@@ -263,7 +263,7 @@ def test_by_popularity(rng):
 
 def test_training_counts_its_own_events(tmp_path):
     split = leave_one_out(shop())
-    counts = count_items(shop(), split)
+    counts = popularity_scores(shop(), split)
     wanted = np.zeros(ITEMS, int)
     for start, stop in zip(split.train.starts, split.train.stops, strict=True):
         for item in shop().items[start:stop]:

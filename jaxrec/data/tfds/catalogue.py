@@ -72,19 +72,6 @@ class PublicDataset:
             needed["metadata"] = self.metadata
         return needed
 
-    def as_dict(self) -> dict[str, object]:
-        """Plain values, for tables and JSON."""
-        return {
-            "name": self.name,
-            "title": self.title,
-            "events": self.events,
-            "url": self.url,
-            "size": self.size,
-            "licence": self.licence,
-            "citation": self.citation,
-            "homepage": self.homepage,
-        }
-
 
 _MOVIELENS_LICENCE = (
     "research use only; no redistribution and no commercial use without permission; "
