@@ -1,14 +1,18 @@
 """Positional kernel attention one event at a time, with an explicit cache."""
 
-from typing import Literal, NamedTuple
+import math
+from functools import partial
+from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxrec.ops import _attention_factors as _factors
+from jaxrec.ops import _positional_kernel_core as _core
 from jaxrec.ops._attention_factors import Factor, Structures
 from jaxrec.ops._attention_positions import segment_positions
 from jaxrec.ops._checks import (
+    as_arrays,
     check_float,
     check_qkv,
     check_scale,
@@ -16,8 +20,10 @@ from jaxrec.ops._checks import (
     statistics_dtype,
 )
 from jaxrec.ops._dispatch import Implementation, choose
+from jaxrec.ops._manual_axes import not_manual
 from jaxrec.ops._masking import MASKED, clean
 from jaxrec.ops.attention import causal_attention
+from jaxrec_kernels.positional_kernel_attention import supports
 
 _NO_KERNEL = "there is no Pallas kernel of this op yet"
 
@@ -104,8 +110,8 @@ def positional_kernel_prefill(
       (True, [5])
     """
     op = "positional_kernel_prefill"
-    check_qkv(op, query, key, value)
-    check_valid(op, valid, query.shape[:2])
+    query, key, value = check_qkv(op, query, key, value)
+    valid = check_valid(op, valid, query.shape[:2])
     scale = check_scale(op, scale, query.shape[3])
     batch, length, heads, _ = query.shape
     if capacity < max(length, 1):
@@ -127,11 +133,15 @@ def positional_kernel_prefill(
                 f"{op}: {name} is a full factor of size {factor.size}; capacity must not exceed "
                 f"it, got {capacity}"
             )
-    choose(op, implementation, _NO_KERNEL)
+    # Of the attention; the mixes are XLA's.
+    unsupported = supports(query, value) or not_manual()
+    look_up = partial(_core.look_up, query, (None, None))
+    choice = choose(op, implementation, unsupported, blocks=look_up)
     positions = None if valid is None else segment_positions(valid=valid)
     mixed_key = _factors.apply(logits, key, valid, None, positions)
     mixed_value = _factors.apply(values, value, valid, None, positions)
-    out = causal_attention(query, mixed_key, mixed_value, valid=valid, scale=scale)
+    options: dict[str, Any] = {"scale": scale, "implementation": choice.implementation}
+    out = causal_attention(query, mixed_key, mixed_value, valid=valid, **options)
 
     if valid is None:
         valid = jnp.ones((batch, length), jnp.bool_)
@@ -232,6 +242,7 @@ def positional_kernel_step(
         "key": (batch, heads, head_dim),
         "value": (batch, heads, state.mixed_value.shape[3]),
     }
+    query, key, value, valid = as_arrays(query, key, value, valid)
     for (name, shape), x in zip(wanted.items(), (query, key, value), strict=True):
         check_float(op, name, x)
         if x.shape != shape:
@@ -308,7 +319,7 @@ def _mix_one(
         weights = jnp.take(rows[:, :, :size], at_event, axis=1)
     weights = jnp.where((lag <= event[:, None])[None], weights, jnp.zeros((), stat))
     groups = kernel.shape[0]
-    shape = (x.shape[0], size, groups, -1)
+    shape = (x.shape[0], size, groups, math.prod(x.shape[1:]) // groups)
     mixed = jnp.einsum("gbs,bsgc->bgc", weights, ring.astype(stat).reshape(shape))
     return ring, mixed.reshape(x.shape).astype(x.dtype)
 

@@ -88,6 +88,10 @@ def factors(
             f"{op}: tie=True mixes the values with logit_kernel too (L = U^T); "
             "give value_kernel=None"
         )
+    if for_values not in (None, for_logits):
+        raise ValueError(
+            f"{op}: tie=True mixes the values by structure {for_logits!r} too, got {for_values!r}"
+        )
     return logits, logits
 
 

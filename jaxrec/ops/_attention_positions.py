@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Int
 
-from jaxrec.ops._checks import check_int_rows, check_valid
+from jaxrec.ops._checks import as_arrays, check_int_rows, check_valid
 
 
 def segment_positions(
@@ -46,17 +46,19 @@ def segment_positions(
       [[1, 2, 3, 2, 3]]
     """
     op = "segment_positions"
+    segment_ids, valid = as_arrays(segment_ids, valid)
     given = segment_ids if segment_ids is not None else valid
     if given is None:
         raise ValueError(f"{op}: give segment_ids or valid")
-    if given.ndim != 2:
-        raise ValueError(f"{op}: wants [batch, length], got shape {given.shape}")
-    check_int_rows(op, "segment_ids", segment_ids, given.shape)
-    check_valid(op, valid, given.shape)
+    shape = given.shape
+    if len(shape) != 2:
+        raise ValueError(f"{op}: wants [batch, length], got shape {shape}")
+    segment_ids = check_int_rows(op, "segment_ids", segment_ids, shape)
+    valid = check_valid(op, valid, shape)
     if origin not in ("oldest", "newest"):
         raise ValueError(f"{op}: origin must be 'oldest' or 'newest', got {origin!r}")
-    if given.shape[1] == 0:
-        return jnp.zeros(given.shape, jnp.int32)
+    if shape[1] == 0:
+        return jnp.zeros(shape, jnp.int32)
     return _positions(segment_ids, valid, origin, size)
 
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxrec.ops._attention_dense import dot
-from jaxrec.ops._checks import check_float, check_rank
+from jaxrec.ops._checks import check_float, check_rank, check_valid
 from jaxrec.ops._masking import clean
 
 Mode = Literal["causal", "independent"]
@@ -42,6 +42,9 @@ def prepare(
     mode: str,
     own_valid: Array | None,
 ) -> New:
+    query, key, value, own_key, own_value = map(
+        jnp.asarray, (query, key, value, own_key, own_value)
+    )
     named = {"query": query, "key": key, "value": value, "own_key": own_key, "own_value": own_value}
     for name, x in named.items():
         check_rank(op, name, x, 4, "batch, length, heads, head_dim")
@@ -75,13 +78,9 @@ def prepare(
             f"{op}: length must be int[batch] = [{batch}], "
             f"got {length.dtype.name}{list(length.shape)}"
         )
+    own_valid = check_valid(op, own_valid, (batch, new), "own_valid")
     if own_valid is None:
         own_valid = jnp.ones((batch, new), jnp.bool_)
-    elif own_valid.shape != (batch, new) or own_valid.dtype != jnp.bool_:
-        raise ValueError(
-            f"{op}: own_valid must be bool[{batch}, {new}], "
-            f"got {own_valid.dtype.name}{list(own_valid.shape)}"
-        )
     length = length.astype(jnp.int32)
     filled = jnp.arange(slots, dtype=jnp.int32)[None] < length[:, None]
     return New(

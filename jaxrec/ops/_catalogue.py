@@ -30,8 +30,8 @@ def check_matrices(op: str, hidden: Any, item_table: Any) -> None:
             f"{op}: hidden and item_table must have one dtype, got {hidden.dtype} and "
             f"{item_table.dtype}; cast one of them"
         )
-    if item_table.shape[0] == 0:
-        raise ValueError(f"{op}: item_table must hold at least one item, got {item_table.shape}")
+    if 0 in item_table.shape:
+        raise ValueError(f"{op}: item_table must hold at least one number, got {item_table.shape}")
 
 
 def check_float(op: str, name: str, array: Any) -> None:
@@ -115,8 +115,12 @@ def from_all(shard: Shard | None, g: jax.Array) -> jax.Array:
 
 def ids_as_int32(ids: jax.Array) -> jax.Array:
     """`ids` in int32; what int32 cannot hold becomes -1 instead of wrapping to another id."""
-    if jnp.iinfo(ids.dtype).max > jnp.iinfo(jnp.int32).max:
-        ids = jnp.where(ids > jnp.iinfo(jnp.int32).max, jnp.array(-1).astype(ids.dtype), ids)
+    narrow = jnp.iinfo(jnp.int32)
+    if jnp.iinfo(ids.dtype).max > narrow.max:
+        outside = ids > narrow.max
+        if jnp.iinfo(ids.dtype).min < narrow.min:
+            outside |= ids < narrow.min
+        ids = jnp.where(outside, jnp.array(-1).astype(ids.dtype), ids)
     return ids.astype(jnp.int32)
 
 

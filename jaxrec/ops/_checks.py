@@ -1,12 +1,19 @@
-"""Argument checks that the attention ops share; all of them run while tracing."""
+"""Argument checks that the ops share; all of them run while tracing.
+
+Those of arrays give them back as JAX's, so that lists and NumPy's arrays do.
+"""
 
 import math
 from typing import Any
 
 import jax.numpy as jnp
-from jaxtyping import Array
+from jaxtyping import Array, ArrayLike
 
 _FLOATS = ("bfloat16", "float16", "float32", "float64")
+
+
+def as_arrays(*given: ArrayLike | None) -> tuple[Any, ...]:
+    return tuple(None if x is None else jnp.asarray(x) for x in given)
 
 
 def check_rank(op: str, name: str, x: Any, rank: int, layout: str) -> None:
@@ -16,10 +23,13 @@ def check_rank(op: str, name: str, x: Any, rank: int, layout: str) -> None:
 
 def check_float(op: str, name: str, x: Array) -> None:
     if x.dtype.name not in _FLOATS:
-        raise ValueError(f"{op}: {name} must be float32 or bfloat16, got {x.dtype.name}")
+        raise ValueError(f"{op}: {name} must be one of {', '.join(_FLOATS)}, got {x.dtype.name}")
 
 
-def check_qkv(op: str, query: Array, key: Array, value: Array) -> None:
+def check_qkv(
+    op: str, query: ArrayLike, key: ArrayLike, value: ArrayLike
+) -> tuple[Array, Array, Array]:
+    query, key, value = map(jnp.asarray, (query, key, value))
     layout = "batch, length, heads, head_dim"
     for name, x in (("query", query), ("key", key), ("value", value)):
         check_rank(op, name, x, 4, layout)
@@ -40,28 +50,49 @@ def check_qkv(op: str, query: Array, key: Array, value: Array) -> None:
         )
     if query.shape[3] == 0:
         raise ValueError(f"{op}: head_dim must be positive, got shape {query.shape}")
+    return query, key, value
 
 
-def check_valid(op: str, valid: Array | None, batch_length: tuple[int, ...]) -> None:
+def check_valid(
+    op: str, valid: ArrayLike | None, batch_length: tuple[int, ...], name: str = "valid"
+) -> Array | None:
     if valid is None:
-        return
+        return None
+    valid = jnp.asarray(valid)
     if valid.shape != batch_length:
         raise ValueError(
-            f"{op}: valid must be [batch, length] = {list(batch_length)}, got shape {valid.shape}"
+            f"{op}: {name} must be [batch, length] = {list(batch_length)}, got shape {valid.shape}"
         )
     if valid.dtype != jnp.bool_:
-        raise ValueError(f"{op}: valid must be bool, got {valid.dtype.name}")
+        raise ValueError(f"{op}: {name} must be bool, got {valid.dtype.name}")
+    return valid
 
 
-def check_int_rows(op: str, name: str, x: Array | None, batch_length: tuple[int, ...]) -> None:
+def check_int_rows(
+    op: str, name: str, x: ArrayLike | None, batch_length: tuple[int, ...]
+) -> Array | None:
+    """In at least 32 bits, so that a bound that it is compared with fits."""
     if x is None:
-        return
+        return None
+    x = jnp.asarray(x)
     if x.shape != batch_length:
         raise ValueError(
             f"{op}: {name} must be [batch, length] = {list(batch_length)}, got shape {x.shape}"
         )
     if not jnp.issubdtype(x.dtype, jnp.integer):
         raise ValueError(f"{op}: {name} must be integer, got {x.dtype.name}")
+    return x.astype(jnp.int32) if x.dtype.itemsize < 4 else x
+
+
+def check_times(
+    op: str, name: str, x: ArrayLike | None, batch_length: tuple[int, ...]
+) -> Array | None:
+    x = check_int_rows(op, name, x, batch_length)
+    if x is not None and jnp.issubdtype(x.dtype, jnp.unsignedinteger):
+        raise ValueError(
+            f"{op}: {name} must be signed, got {x.dtype.name}; subtract a start and cast to int32"
+        )
+    return x
 
 
 def check_distance_bias(op: str, bias: Array | None, heads: int, length: int) -> Array | None:
@@ -79,6 +110,8 @@ def check_distance_bias(op: str, bias: Array | None, heads: int, length: int) ->
 
 
 def check_scale(op: str, scale: float | None, head_dim: int) -> float:
+    if scale is None and head_dim == 0:
+        raise ValueError(f"{op}: head_dim must be positive")
     if scale is None:
         return 1.0 / math.sqrt(head_dim)
     if not isinstance(scale, (int, float)) or not math.isfinite(scale):

@@ -45,9 +45,12 @@ def check_tables(
             raise ValueError(f"{op}: {given} needs {wanted}; give both or neither")
 
 
-def check_candidates(op: str, num_candidates: Any, batch: int, segment_ids: Any) -> None:
+def check_candidates(
+    op: str, num_candidates: Any, batch: int, segment_ids: Any
+) -> Int[Array, " batch"] | None:
     if num_candidates is None:
-        return
+        return None
+    num_candidates = jnp.asarray(num_candidates)
     if num_candidates.shape != (batch,) or not jnp.issubdtype(num_candidates.dtype, jnp.integer):
         raise ValueError(
             f"{op}: num_candidates must be int[batch] = [{batch}], "
@@ -58,6 +61,7 @@ def check_candidates(op: str, num_candidates: Any, batch: int, segment_ids: Any)
             f"{op}: num_candidates counts the last events of a row, and a packed row ends with one "
             "of its sequences only; give each sequence a row of its own"
         )
+    return num_candidates
 
 
 def by_distance(

@@ -17,6 +17,7 @@ from jaxrec.ops._checks import (
     check_valid,
 )
 from jaxrec.ops._dispatch import Implementation, choose
+from jaxrec.ops._manual_axes import not_manual
 from jaxrec_kernels.positional_kernel_attention import supports
 
 _NO_BIAS = "the kernel has no bias by distance"
@@ -87,13 +88,13 @@ def causal_attention(
       True
     """
     op = "causal_attention"
-    check_qkv(op, query, key, value)
-    check_valid(op, valid, query.shape[:2])
-    check_int_rows(op, "segment_ids", segment_ids, query.shape[:2])
+    query, key, value = check_qkv(op, query, key, value)
+    valid = check_valid(op, valid, query.shape[:2])
+    segment_ids = check_int_rows(op, "segment_ids", segment_ids, query.shape[:2])
     bias = check_distance_bias(op, distance_bias, query.shape[2], query.shape[1])
     scale = check_scale(op, scale, query.shape[3])
     rate = check_dropout(op, dropout_rate, dropout_key)
-    unsupported = supports(query, value) if bias is None else _NO_BIAS
+    unsupported = _NO_BIAS if bias is not None else supports(query, value) or not_manual()
     look_up = partial(_mixing.look_up, query, (None, None))
     choice = choose(op, implementation, unsupported, blocks=look_up)
     seeds = dropout_seeds(dropout_key) if rate else None

@@ -9,7 +9,7 @@ from jaxrec.ops import _hstu_rows as _rows
 from jaxrec.ops import _hstu_tile as _tile
 from jaxrec.ops import _time_buckets
 from jaxrec.ops._cached_pairs import Mode
-from jaxrec.ops._checks import check_float, check_int_rows, check_scale, statistics_dtype
+from jaxrec.ops._checks import as_arrays, check_float, check_scale, check_times, statistics_dtype
 from jaxrec.ops._dispatch import Implementation, choose
 from jaxrec.ops._masking import masked_logits
 
@@ -78,6 +78,7 @@ def cached_attention(
     """
     op = "cached_attention"
     x = _pairs.prepare(op, query, key, value, own_key, own_value, length, mode, own_valid)
+    query, key, value, own_value = x.query, x.key, x.value, x.own_value
     heads, head_dim = query.shape[2:]
     scale = check_scale(op, scale, head_dim)
     bias = _check_bias(op, distance_bias, heads, key.shape[1])
@@ -126,7 +127,7 @@ def cached_hstu_attention(
     time_table: Float[Array, " buckets_and_one"] | None = None,
     timestamps: Int[Array, "batch slots"] | None = None,
     own_timestamps: Int[Array, "batch new"] | None = None,
-    scale: float = 1.0,
+    scale: float | None = 1.0,
     implementation: Implementation | None = None,
 ) -> Float[Array, "batch new heads value_dim"]:
     """The last rows of `hstu_attention`, given the keys and values of the rows before them.
@@ -178,10 +179,12 @@ def cached_hstu_attention(
     """
     op = "cached_hstu_attention"
     x = _pairs.prepare(op, query, key, value, own_key, own_value, length, mode, own_valid)
+    query, key, value, own_value = x.query, x.key, x.value, x.own_value
     batch, slots = key.shape[:2]
-    check_int_rows(op, "timestamps", timestamps, (batch, slots))
-    check_int_rows(op, "own_timestamps", own_timestamps, query.shape[:2])
+    timestamps = check_times(op, "timestamps", timestamps, (batch, slots))
+    own_timestamps = check_times(op, "own_timestamps", own_timestamps, query.shape[:2])
     _rows.check_normalizer(op, normalizer)
+    position_table, time_table = as_arrays(position_table, time_table)
     _rows.check_tables(
         op,
         position_table,

@@ -92,7 +92,7 @@ def t5_bias(
       >>> t5_bias(table, 10, max_distance=8)[0].astype(int).tolist()
       [0, 1, 2, 3, 4, 5, 6, 7, 7, 7]
     """
-    op = "t5_bias"
+    op, table = "t5_bias", jnp.asarray(table)
     check_rank(op, "table", table, 2, "buckets, heads")
     check_float(op, "table", table)
     edges = _edges(op, table.shape[0], max_distance)
@@ -122,8 +122,8 @@ def alibi_slopes(heads: int) -> Float[Array, " heads"]:
       >>> alibi_slopes(4).tolist()
       [0.25, 0.0625, 0.015625, 0.00390625]
     """
-    if heads < 1:
-        raise ValueError(f"alibi_slopes: heads must be positive, got {heads}")
+    if not isinstance(heads, int) or heads < 1:
+        raise ValueError(f"alibi_slopes: heads must be a positive Python integer, got {heads!r}")
     power = 1 << (heads.bit_length() - 1)
     slopes = [2.0 ** (-8 * h / power) for h in range(1, power + 1)]
     slopes += [2.0 ** (-4 * h / power) for h in range(1, 2 * (heads - power), 2)]
@@ -149,6 +149,7 @@ def alibi_bias(slopes: Float[Array, " heads"], length: int) -> Float[Array, "hea
       >>> alibi_bias(alibi_slopes(2), 3).tolist()
       [[-0.0, -0.0625, -0.125], [-0.0, -0.00390625, -0.0078125]]
     """
+    slopes = jnp.asarray(slopes)
     check_rank("alibi_bias", "slopes", slopes, 1, "heads")
     check_float("alibi_bias", "slopes", slopes)
     return -slopes[:, None] * jnp.arange(length, dtype=slopes.dtype)[None]

@@ -6,6 +6,7 @@ from jax import Array
 from jaxtyping import Float
 
 from jaxrec.ops._attention_dropout import dropout_seeds, mix
+from jaxrec.ops._checks import check_float
 
 
 def dropout(x: Float[Array, "..."], rate: float, *, key: Array) -> Float[Array, "..."]:
@@ -20,7 +21,7 @@ def dropout(x: Float[Array, "..."], rate: float, *, key: Array) -> Float[Array, 
       key: a JAX random key.
 
     Raises:
-      ValueError: `rate` is outside [0, 1).
+      ValueError: `x` is no float array, or `rate` no Python number in [0, 1).
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -28,8 +29,10 @@ def dropout(x: Float[Array, "..."], rate: float, *, key: Array) -> Float[Array, 
       >>> sorted({round(float(v), 4) for v in y})
       [0.0, 1.3333]
     """
-    if not 0 <= rate < 1:
-        raise ValueError(f"dropout: rate must be in [0, 1), got {rate}")
+    x = jnp.asarray(x)
+    check_float("dropout", "x", x)
+    if not isinstance(rate, int | float) or not 0 <= rate < 1:
+        raise ValueError(f"dropout: rate must be a Python number in [0, 1), got {rate!r}")
     if rate == 0:
         return x
     index = jax.lax.iota(jnp.uint32, x.size).reshape(x.shape)

@@ -3,9 +3,11 @@
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from importlib import import_module
+from inspect import isfunction
 from typing import Any
 
 import jax
+import numpy as np
 
 from jaxrec.ops._dispatch import Choice, recorded
 from jaxrec_kernels import tuning
@@ -75,7 +77,7 @@ def _origin(chip: str | None) -> str:
 def _resolve(op: str | Callable[..., Any]) -> tuple[str, Callable[..., Any]]:
     ops = import_module("jaxrec.ops")
     name = op if isinstance(op, str) else getattr(op, "__name__", repr(op))
-    known = [n for n in ops.__all__ if n != "explain" and callable(getattr(ops, n))]
+    known = [n for n in ops.__all__ if n != "explain" and isfunction(getattr(ops, n))]
     function = getattr(ops, name) if name in known else None
     if function is None or (callable(op) and op is not function):
         raise ValueError(f"explain: no op {name!r} in jaxrec.ops; there are {', '.join(known)}")
@@ -98,7 +100,10 @@ def _trace(function: Callable[..., Any], specs: tuple[Any, ...], options: dict[s
     """Runs the op on abstract values; what is no array stays a Python value."""
     leaves, structure = jax.tree.flatten((specs, options))
     places = [
-        i for i, leaf in enumerate(leaves) if hasattr(leaf, "shape") and hasattr(leaf, "dtype")
+        i
+        for i, leaf in enumerate(leaves)
+        # A number of NumPy's is a Python number here: ops take them as static options.
+        if hasattr(leaf, "shape") and hasattr(leaf, "dtype") and not isinstance(leaf, np.generic)
     ]
 
     def call(arrays: list[Any]) -> Any:

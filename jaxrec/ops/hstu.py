@@ -7,9 +7,17 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxrec.ops import _hstu_rows as _rows
 from jaxrec.ops._attention_core import block_for
-from jaxrec.ops._checks import check_int_rows, check_qkv, check_scale, check_valid
+from jaxrec.ops._checks import (
+    as_arrays,
+    check_int_rows,
+    check_qkv,
+    check_scale,
+    check_times,
+    check_valid,
+)
 from jaxrec.ops._dispatch import Implementation, choose
 from jaxrec.ops._hstu_core import Inputs, Options, attend
+from jaxrec.ops._manual_axes import not_manual
 from jaxrec_kernels.hstu_attention import look_up, supports
 
 
@@ -25,7 +33,7 @@ def hstu_attention(
     valid: Bool[Array, "batch length"] | None = None,
     segment_ids: Int[Array, "batch length"] | None = None,
     num_candidates: Int[Array, " batch"] | None = None,
-    scale: float = 1.0,
+    scale: float | None = 1.0,
     implementation: Implementation | None = None,
 ) -> Float[Array, "batch length heads value_dim"]:
     """Causal attention whose weights are SiLU of the logits, without a softmax.
@@ -58,7 +66,7 @@ def hstu_attention(
         stand where the first one stands, in position and in time, whatever their own timestamps,
         so that a candidate scores the same alone and among others.
       scale: factor of the products inside SiLU; the source has 1, its serving variant
-        `1 / sqrt(head_dim)`.
+        `1 / sqrt(head_dim)`, which is also what `None` is.
       implementation: `"xla"`, `"pallas"`, or `None` for the best that runs.
 
     Returns:
@@ -93,14 +101,15 @@ def hstu_attention(
       True
     """
     op = "hstu_attention"
-    check_qkv(op, query, key, value)
+    query, key, value = check_qkv(op, query, key, value)
     batch, length = query.shape[:2]
-    check_valid(op, valid, (batch, length))
-    check_int_rows(op, "segment_ids", segment_ids, (batch, length))
-    check_int_rows(op, "timestamps", timestamps, (batch, length))
+    valid = check_valid(op, valid, (batch, length))
+    segment_ids = check_int_rows(op, "segment_ids", segment_ids, (batch, length))
+    timestamps = check_times(op, "timestamps", timestamps, (batch, length))
     _rows.check_normalizer(op, normalizer)
+    position_table, time_table = as_arrays(position_table, time_table)
     _rows.check_tables(op, position_table, length, time_table, {"timestamps": timestamps})
-    _rows.check_candidates(op, num_candidates, batch, segment_ids)
+    num_candidates = _rows.check_candidates(op, num_candidates, batch, segment_ids)
     scale = check_scale(op, scale, query.shape[3])
     integers = segment_ids, timestamps
     unsupported = supports(
@@ -110,6 +119,7 @@ def hstu_attention(
         integers=integers,
         candidates=num_candidates is not None,
     )
+    unsupported = unsupported or not_manual()
     choice = choose(
         op,
         implementation,

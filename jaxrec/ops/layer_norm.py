@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxrec.ops._checks import check_float, statistics_dtype
+from jaxrec.ops._checks import as_arrays, check_float, statistics_dtype
 from jaxrec.ops._manual_axes import vary_together
 
 _OP = "layer_norm"
@@ -37,7 +37,7 @@ def layer_norm(
       The shape and dtype of x; statistics are float32.
 
     Raises:
-      ValueError: dtypes or shapes do not fit.
+      ValueError: dtypes or shapes do not fit, or `epsilon` is no Python number from 0.
 
     Cost: one read and one write of x; two reads and one write for the gradient. Kept for it: x and
     two numbers a row. Automatic differentiation of the formula takes twice as long on a CPU.
@@ -50,7 +50,10 @@ def layer_norm(
       >>> [round(float(v), 3) for v in layer_norm(jnp.array([1.0, 2.0, 3.0]))]
       [-1.225, 0.0, 1.225]
     """
+    x, scale, bias = as_arrays(x, scale, bias)
     check_float(_OP, "x", x)
+    if not isinstance(epsilon, int | float) or not epsilon >= 0:
+        raise ValueError(f"{_OP}: epsilon must be a Python number from 0, got {epsilon!r}")
     if x.ndim == 0:
         raise ValueError(f"{_OP}: x must have at least one axis, got shape {x.shape}")
     for name, vector in (("scale", scale), ("bias", bias)):

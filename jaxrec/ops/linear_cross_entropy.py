@@ -133,6 +133,8 @@ def _checked(
         slower=_slower(positions, items),
         blocks=partial(_catalogue_kernel.look_up, hidden, item_table, bias),
     )
+    # Narrower ones could not be compared with the number of items.
+    labels = _catalogue.ids_as_int32(labels)
     return _Arguments(hidden, item_table, bias, labels, valid), choice
 
 
@@ -161,7 +163,8 @@ def linear_cross_entropy(
       hidden: [P, D], float32 or bfloat16.
       item_table: [V, D], in the dtype of `hidden`; row v belongs to item v.
       labels: integers [P], item ids from 0 to V - 1.
-      bias: [V], float32 or bfloat16; the popularity of items, for example. -inf removes an item.
+      bias: [V], float32 or bfloat16; the popularity of items, for example. -inf removes an
+        item, unless labels are smoothed: their loss takes every item's logit, and is then infinite.
       valid: bool [P], by default all True. Where False the loss is 0 and nothing of that position,
         NaN included, reaches a result or a gradient; its label may be anything.
       label_smoothing: eps, a Python number from 0 to 1.

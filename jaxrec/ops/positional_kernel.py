@@ -22,6 +22,7 @@ from jaxrec.ops._checks import (
     check_valid,
 )
 from jaxrec.ops._dispatch import Implementation, choose
+from jaxrec.ops._manual_axes import not_manual
 from jaxrec.ops._masking import clean
 from jaxrec_kernels.positional_kernel_attention import supports
 
@@ -111,10 +112,10 @@ def positional_kernel_attention(
       (2, 5, 1, 4)
     """
     op = "positional_kernel_attention"
-    check_qkv(op, query, key, value)
-    check_valid(op, valid, query.shape[:2])
-    check_int_rows(op, "segment_ids", segment_ids, query.shape[:2])
-    check_int_rows(op, "positions", positions, query.shape[:2])
+    query, key, value = check_qkv(op, query, key, value)
+    valid = check_valid(op, valid, query.shape[:2])
+    segment_ids = check_int_rows(op, "segment_ids", segment_ids, query.shape[:2])
+    positions = check_int_rows(op, "positions", positions, query.shape[:2])
     scale = check_scale(op, scale, query.shape[3])
     check_dropout(op, dropout_rate, dropout_key)
     logits, values = _factors.factors(
@@ -161,7 +162,7 @@ def _unsupported(
     full = "full" in (logits.structure, values.structure)
     if full and (positions is not None or segment_ids is not None):
         return "the kernel reads a full factor at the slots of a row, not at given positions"
-    return supports(query, value)
+    return supports(query, value) or not_manual()
 
 
 def positional_mix(
@@ -206,12 +207,12 @@ def positional_mix(
       >>> positional_mix(jnp.array([1.0, -1.0]), x)[0, :, 0, 0].tolist()
       [1.0, 1.0, 1.0, 1.0]
     """
-    op = "positional_mix"
+    op, x = "positional_mix", jnp.asarray(x)
     check_rank(op, "x", x, 4, "batch, length, heads, width")
     check_float(op, "x", x)
-    check_valid(op, valid, x.shape[:2])
-    check_int_rows(op, "segment_ids", segment_ids, x.shape[:2])
-    check_int_rows(op, "positions", positions, x.shape[:2])
+    valid = check_valid(op, valid, x.shape[:2])
+    segment_ids = check_int_rows(op, "segment_ids", segment_ids, x.shape[:2])
+    positions = check_int_rows(op, "positions", positions, x.shape[:2])
     factor = _factors.factor(op, "kernel", kernel, structure, x.shape[2], upper=upper)
     if positions is None:
         _factors.check_reach(op, "kernel", factor, x.shape[1])

@@ -148,7 +148,7 @@ def _ranks(
 
 
 def ranking_metrics(
-    ranks: Int[Array, " rows"], ks: Sequence[int], valid: Bool[Array, " rows"] | None = None
+    ranks: Int[Array, " rows"], ks: Sequence[int] | int, valid: Bool[Array, " rows"] | None = None
 ) -> dict[str, Float[Array, ""]]:
     """HR, NDCG and MRR of lists with one relevant item each, from its ranks.
 
@@ -158,7 +158,7 @@ def ranking_metrics(
 
     Args:
       ranks: integers, any shape, from 1; what is below 1 is not ranked.
-      ks: cut-offs, Python integers from 1.
+      ks: cut-offs, Python integers from 1; one or several.
       valid: bool, the shape of `ranks`, by default all True.
 
     Returns:
@@ -181,7 +181,9 @@ def ranking_metrics(
     valid = jnp.ones(ranks.shape, jnp.bool_) if valid is None else jnp.asarray(valid)
     _catalogue.check_bool(op, "valid", valid)
     _catalogue.check_shape(op, "valid", valid, ranks.shape)
-    ks = tuple(_cut(op, k) for k in ks)
+    ks = tuple(_cut(op, k) for k in ((ks,) if hasattr(ks, "__index__") else ks))
+    # Narrower ones could not be compared with every cut-off.
+    ranks = _catalogue.ids_as_int32(ranks)
     rank = jnp.maximum(ranks, 1).astype(_F32)
     total = jnp.maximum(valid.sum(), 1).astype(_F32)
     result = {}

@@ -47,11 +47,11 @@ def rotary_embedding(
       >>> [round(c, 4) for c in rotary_embedding(x, jnp.array([[1]]))[0, 0, 0].tolist()]
       [0.5403, -0.01, 0.8415, 0.9999]
     """
-    op = "rotary_embedding"
+    op, x = "rotary_embedding", jnp.asarray(x)
     check_rank(op, "x", x, 4, "batch, length, heads, head_dim")
     check_float(op, "x", x)
-    positions = jnp.asarray(positions)
-    check_int_rows(op, "positions", positions, x.shape[:2])
+    found = check_int_rows(op, "positions", positions, x.shape[:2])
+    assert found is not None
     width = x.shape[3]
     if width % 2:
         raise ValueError(f"{op}: head_dim must be even, got {width}")
@@ -61,7 +61,7 @@ def rotary_embedding(
         raise ValueError(f"{op}: layout must be 'half' or 'interleaved', got {layout!r}")
     stat = statistics_dtype(x.dtype)
     speeds = jnp.asarray([float(base) ** (-2 * r / width) for r in range(width // 2)], stat)
-    angles = (positions.astype(stat)[..., None] * speeds[None, None])[:, :, None]
+    angles = (found.astype(stat)[..., None] * speeds[None, None])[:, :, None]
     cos, sin = jnp.cos(angles), jnp.sin(angles)
     wide = x.astype(stat)
     if layout == "half":

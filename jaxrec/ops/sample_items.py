@@ -17,7 +17,7 @@ _OP = "sample_items"
 def sample_items(
     key: Array,
     num_items: int,
-    shape: Sequence[int],
+    shape: Sequence[int] | int,
     *,
     weights: Float[Array, " items"] | None = None,
 ) -> Int[Array, "..."]:
@@ -33,8 +33,9 @@ def sample_items(
       key: a JAX random key.
       num_items: V, a Python integer from 1.
       shape: of the result.
-      weights: [V], float32 or bfloat16, not negative, not all zero: counts for popularity, or a
-        power of them. An item of weight 0 is never drawn.
+      weights: [V], float32 or bfloat16, not negative, with a finite positive sum: counts for
+        popularity, or a power of them. An item of weight 0 is never drawn. What is drawn with other
+        weights is some item.
 
     Returns:
       int32 `shape`, ids from 0 to V - 1. The log-probabilities that a correction needs are
@@ -56,7 +57,8 @@ def sample_items(
     """
     if isinstance(num_items, bool) or not hasattr(num_items, "__index__") or int(num_items) < 1:
         raise ValueError(f"{_OP}: num_items must be a positive Python integer, got {num_items!r}")
-    items, shape = int(num_items), tuple(shape)
+    items = int(num_items)
+    shape = (int(shape),) if hasattr(shape, "__index__") else tuple(shape)
     if weights is None:
         return jax.random.randint(key, shape, 0, items, jnp.int32)
     weights = jnp.asarray(weights)
@@ -67,7 +69,9 @@ def sample_items(
     grouped = jnp.pad(weights.astype(jnp.float32), (0, groups * size - items)).reshape(groups, size)
     group_key, item_key = jax.random.split(key)
     group = _invert(_cumulative(grouped.sum(1)), jnp.zeros(shape, jnp.int32), groups, group_key)
-    return _invert(_cumulative(grouped).reshape(-1), group * size, size, item_key)
+    ids = _invert(_cumulative(grouped).reshape(-1), group * size, size, item_key)
+    # Weights without a finite positive sum lead beyond the last item.
+    return jnp.minimum(ids, jnp.int32(items - 1))
 
 
 def _cumulative(weights: jax.Array) -> jax.Array:

@@ -150,7 +150,8 @@ def bce_loss(
     SASRec's objective is this with K = 1, but for the factor 1/2. Terms that are left out still
     count in K.
 
-    Args, returns, raises, cost: as `sampled_softmax_loss`.
+    Args, returns, raises, cost: as `sampled_softmax_loss`, but that the label's own term stays
+    where every negative is left out.
 
     Source: Kang and McAuley, "Self-attentive sequential recommendation" (ICDM 2018), section III-E.
 
@@ -203,7 +204,7 @@ def gbce_loss(
 
     t = 0 is `bce_loss`; t = 1 calibrates fully.
 
-    Args, returns, raises, cost: as `sampled_softmax_loss`; and
+    Args, returns, raises, cost: as `bce_loss`; and
       t: a Python number from 0 to 1.
 
     Source: Petrov and Macdonald, "gSASRec: Reducing Overconfidence in Sequential Recommendation
@@ -314,6 +315,7 @@ def _loss(
         way = "dense" if item_table.shape[0] < GATHER_COST * count else "gathered"
     options = _Options(objective, way, shard, CPU_ELEMENTS, ACCELERATOR_ELEMENTS)
     ids = _catalogue.ids_as_int32(negatives)
+    labels = _catalogue.ids_as_int32(labels)
     arguments = (hidden, item_table, labels, ids, log_q, log_q_labels, exclude, valid)
     return _catalogue.alike(shard, _losses(options, *_catalogue.together(shard, *arguments)))
 

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from jaxrec.ops import _catalogue
 from jaxrec.ops._dispatch import platform_switch
 from jaxrec.ops._manual_axes import vary_together
 
@@ -24,6 +25,9 @@ def take_rows(
     Returns:
       `[..., width]` in the table's dtype.
 
+    Raises:
+      ValueError: shapes or dtypes do not fit, or `axis` is no mesh axis here.
+
     Cost: with `axis`, one reduction of the result over that axis; the gradient stays where the rows
     are. Differentiable in reverse mode, and forward over reverse.
 
@@ -32,6 +36,19 @@ def take_rows(
       >>> take_rows(jnp.arange(6.0).reshape(3, 2), jnp.array([2, 0])).tolist()
       [[4.0, 5.0], [0.0, 1.0]]
     """
+    op, (table, indices) = "take_rows", map(jnp.asarray, (table, indices))
+    if table.ndim != 2:
+        raise ValueError(f"{op}: table must be [rows, width], got shape {table.shape}")
+    _catalogue.check_integer(op, "indices", indices)
+    # Narrower ones could not be compared with the number of rows.
+    indices = indices.astype(jnp.int32) if indices.dtype.itemsize < 4 else indices
+    if axis is not None:
+        try:
+            lax.axis_size(axis)
+        except NameError:
+            raise ValueError(
+                f"{op}: axis {axis!r} is no mesh axis here; it is for use inside jax.shard_map"
+            ) from None
     table = _with_a_gradient_apart(table)
     if axis is None:
         return table[indices]

@@ -24,6 +24,14 @@ def _mix(x: Array) -> Array:
     return _shift(x, 16)
 
 
+def seed_words(seeds: Array) -> Array:
+    """int32[1, 2], the words of a key for the scalar memory, of uint32[2].
+
+    Two axes: a vector that is batched by `vmap` is no block of a TPU's.
+    """
+    return lax.bitcast_convert_type(seeds, jnp.int32)[None]
+
+
 def keep_bits(seed_0: Array, seed_1: Array, row: Array, column: Array, rate: float) -> Array:
     """bool: which weights stay; `row` and `column`, int32, broadcast against each other.
 

@@ -336,7 +336,10 @@ def test_dropout_is_a_function_of_the_key(rng):
         ({"query": np.zeros((2, 5, 4), np.float32)}, r"query must be \[batch, length, heads"),
         ({"key": np.zeros((2, 5, 1, 3), np.float32)}, "query and key must have the same shape"),
         ({"value": np.zeros((2, 6, 1, 4), np.float32)}, "value must agree with key"),
-        ({"query": np.zeros((2, 5, 1, 4), np.int32)}, "query must be float32 or bfloat16"),
+        (
+            {"query": np.zeros((2, 5, 1, 4), np.int32)},
+            "query must be float32 or bfloat16",
+        ),
         ({"key": jnp.zeros((2, 5, 1, 4), jnp.bfloat16)}, "must have the same dtype"),
         ({"valid": np.ones((2, 4), bool)}, r"valid must be \[batch, length\] = \[2, 5\]"),
         ({"valid": np.ones((2, 5), np.float32)}, "valid must be bool"),

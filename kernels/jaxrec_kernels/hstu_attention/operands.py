@@ -62,7 +62,8 @@ class Operands:
         self.inputs[name] = Operand(x, self.everywhere(x.shape))
 
     def add_scalars(self, name: str, x: Array) -> None:
-        self.inputs[name] = Operand(x, pl.BlockSpec(memory_space=pltpu.SMEM))
+        """Scalars as `[1, count]`: a vector that is batched by `vmap` is no block of a TPU's."""
+        self.inputs[name] = Operand(x[None], pl.BlockSpec(memory_space=pltpu.SMEM))
 
     def add_common(self, inputs: Any, edges: tuple[int, ...]) -> None:
         """What both kernels read beside the vectors, and the tiles that they form of it."""
@@ -149,7 +150,7 @@ def meets(refs: Any, plan: Plan, b: Index, i: Index, j: Index) -> Array:
 
     def ends(block: Index) -> tuple[Array, Array]:
         at = 2 * (b * plan.blocks + block)
-        return refs.ranges[at], refs.ranges[at + 1]
+        return refs.ranges[0, at], refs.ranges[0, at + 1]
 
     (low_i, high_i), (low_j, high_j) = ends(i), ends(j)
     return (low_i <= high_j) & (low_j <= high_i)

@@ -105,7 +105,7 @@ def over(step: Step, count: int, body: Callable[[Index], None]) -> None:
         body(0 if count == 1 else i)
         return carry
 
-    lax.fori_loop(0, step.refs.once[0] if count == 1 else count, turn, 0)
+    lax.fori_loop(0, step.refs.once[0, 0] if count == 1 else count, turn, 0)
 
 
 def over_rows(step: Step, body: Callable[[Index], None]) -> None:

@@ -9,7 +9,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from jaxrec_kernels import LANES, compat
-from jaxrec_kernels.attention_dropout import keep_bits
+from jaxrec_kernels.attention_dropout import keep_bits, seed_words
 from jaxrec_kernels.attention_tile import visible
 from jaxrec_kernels.long_attention.plan import Order, Plan
 from jaxrec_kernels.slot_ids import NOBODY, SlotIds, down_buffer, same
@@ -25,7 +25,7 @@ class Masks(NamedTuple):
     """Who sees whom beside causality: nobody sees NOBODY, and ids see their like."""
 
     ids: Array | None  # int32[batch, 1, padded]
-    ranges: Array | None  # int32[2 * batch * blocks]: least and largest id of a block
+    ranges: Array | None  # int32[1, 2 * batch * blocks]: least and largest id of a block
 
 
 def masks_of(plan: Plan, ids: Array | None) -> Masks:
@@ -41,7 +41,7 @@ def masks_of(plan: Plan, ids: Array | None) -> Masks:
     if segmented and plan.batch * plan.blocks <= _MOST_RANGES:
         blocks = ids.reshape(plan.batch, plan.blocks, plan.block)
         least = jnp.where(blocks == NOBODY, 2**31 - 1, blocks).min(-1)
-        ranges = jnp.stack([least, blocks.max(-1)], -1).reshape(-1)
+        ranges = jnp.stack([least, blocks.max(-1)], -1).reshape(1, -1)
     return Masks(ids[:, None], ranges)
 
 
@@ -97,8 +97,7 @@ class Call:
 
     def read_seeds(self, seeds: Array | None) -> None:
         if seeds is not None:
-            words = lax.bitcast_convert_type(seeds, jnp.int32)
-            self.inputs["seeds"] = _Operand(words, None, None)
+            self.inputs["seeds"] = _Operand(seed_words(seeds), None, None)
 
     def wide(self, *, of_queries: bool) -> tuple[tuple[int, ...], Any]:
         """Blocks of [batch, length, heads * head_dim]."""
@@ -190,7 +189,7 @@ class Step:
 
         def ends(block: Any) -> tuple[Any, Any]:
             at = 2 * (self.row * self.plan.blocks + block)
-            return self.refs["ranges"][at], self.refs["ranges"][at + 1]
+            return self.refs["ranges"][0, at], self.refs["ranges"][0, at + 1]
 
         (low, high), (low_key, high_key) = ends(self.query_block), ends(self.key_block)
         return (low <= high_key) & (low_key <= high)
@@ -240,7 +239,7 @@ class Step:
         query = start + lax.broadcasted_iota(jnp.int32, (1, queries.stop - queries.start), 1)
         start = self.key_block * plan.block + keys.start
         key = start + lax.broadcasted_iota(jnp.int32, (keys.stop - keys.start, 1), 0)
-        keep = keep_bits(seeds[0], seeds[1], query, key, rate)
+        keep = keep_bits(seeds[0, 0], seeds[0, 1], query, key, rate)
         return jnp.where(keep, _F32(1 / (1 - rate)), _F32(0))
 
     def member(self, head: int, x: Array) -> Array:

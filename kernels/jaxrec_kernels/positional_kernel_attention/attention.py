@@ -53,7 +53,7 @@ class _Weights:
             return None
         query = queries[0] + lax.broadcasted_iota(jnp.int32, (1, queries[1] - queries[0]), 1)
         key = keys[0] + lax.broadcasted_iota(jnp.int32, (keys[1] - keys[0], 1), 0)
-        keep = keep_bits(self.seeds[0], self.seeds[1], self.start + query, key, rate)
+        keep = keep_bits(self.seeds[0, 0], self.seeds[0, 1], self.start + query, key, rate)
         return jnp.where(keep, _F32(1 / (1 - rate)), _F32(0))
 
 

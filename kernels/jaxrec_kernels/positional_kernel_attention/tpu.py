@@ -29,6 +29,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from jaxrec_kernels import compat
+from jaxrec_kernels.attention_dropout import seed_words
 from jaxrec_kernels.positional_kernel_attention.attention import backward_slab, forward_slab
 from jaxrec_kernels.positional_kernel_attention.slab import Slab, buffers
 from jaxrec_kernels.positional_kernel_attention.spec import (
@@ -123,8 +124,7 @@ class _Operands:
 
     def seeds(self, value: Array | None) -> None:
         if value is not None:
-            words = lax.bitcast_convert_type(value, jnp.int32)
-            self.add("seeds", words, pl.BlockSpec(memory_space=pltpu.SMEM))
+            self.add("seeds", seed_words(value), pl.BlockSpec(memory_space=pltpu.SMEM))
 
     def table(self, name: str, value: Any) -> None:
         """[1 or heads, length, length]: fetched once, or once a slab."""
