@@ -1,12 +1,13 @@
 """`fit`: train, judge on the test part once, leave a results file."""
 
+import json
 from pathlib import Path
 
 from jaxrec.errors import UserError
 from jaxrec.evaluation.report import as_json
 from jaxrec.processes import agreed
 from jaxrec.serving.run import Run
-from jaxrec.training.config import Experiment
+from jaxrec.training.config import Experiment, to_dict
 from jaxrec.training.loop import train
 from jaxrec.training.results import results, results_name
 from jaxrec.training.run_folder import RunFolder, read_json, write_json
@@ -56,8 +57,8 @@ def _make(results_folder: str | Path | None) -> None:
 
 
 def _judge(run: Run, folder: RunFolder, results_folder: str | Path | None) -> None:
-    """Writes the results file, where it is not there yet, and its copy."""
-    if not folder.results.is_file():
+    """Writes the results file, unless it is there as the config asks for it, and its copy."""
+    if not folder.results.is_file() or not _is_of(folder, run.config):
         lines = folder.read_metrics()
         points = [line for line in lines if "validation" in line]
         report = run.evaluate("test")
@@ -75,5 +76,17 @@ def _judge(run: Run, folder: RunFolder, results_folder: str | Path | None) -> No
         )
         write_json(folder.results, values)
     if results_folder is not None:
-        name = results_name(run.config, run.interactions.name)
-        write_json(Path(results_folder) / name, read_json(folder.results))
+        copy = Path(results_folder) / results_name(run.config, run.interactions.name)
+        try:
+            write_json(copy, read_json(folder.results))
+        except OSError as error:
+            raise UserError(f"{copy}: cannot be written ({error.strerror})") from None
+
+
+def _is_of(folder: RunFolder, config: Experiment) -> bool:
+    """Whether what is told is as the config asks now: this may change after training."""
+    told, asked = (
+        read_json(folder.results).get("config", {}),
+        json.loads(json.dumps(to_dict(config))),
+    )
+    return all(told.get(part) == asked[part] for part in ("evaluation", "published"))

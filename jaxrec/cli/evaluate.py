@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from jaxrec.evaluation.report import Report
 
 
+_SPLIT, _CHECKPOINT = "leave_one_out", "best"
+
+
 @dataclass(frozen=True)
 class Arguments:
     """Metrics over the full catalogue, with bootstrap intervals, beside the baselines.
@@ -29,7 +32,7 @@ class Arguments:
     """Which part of the split."""
     ks: tuple[int, ...] = ()
     """Cut-offs; by default the run's own, and 10 of ranked lists."""
-    checkpoint: str = "best"
+    checkpoint: str = _CHECKPOINT
     """best, last, or a step."""
     baselines: tuple[Literal["popularity", "most_recent", "item_knn"], ...] = (
         "popularity",
@@ -40,8 +43,8 @@ class Arguments:
     """A CSV or Parquet file of ranked lists (user_id, item_id, rank) to judge instead."""
     data: str | None = None
     """With --ranked and no run: the prepared set."""
-    split: str = "leave_one_out"
-    """With --ranked and no run: the split."""
+    split: str | None = None
+    """With --ranked and no run: the split, by default leave_one_out."""
     json: bool = False
     """The last line of output is one JSON object."""
 
@@ -50,6 +53,14 @@ def main(words: Sequence[str]) -> int:
     arguments = parse(Arguments, words, program="jaxrec evaluate")
     if arguments.run is None and arguments.ranked is None:
         raise UserError("evaluate: give a run folder, or --ranked FILE with --data NAME")
+    if arguments.run is not None and (arguments.data or arguments.split):
+        raise UserError(
+            f"evaluate: --data and --split go with --ranked and no run; {arguments.run} has its own"
+        )
+    if arguments.ranked is not None and arguments.checkpoint != _CHECKPOINT:
+        raise UserError(
+            "evaluate: --checkpoint is of a run's own lists; leave it out with --ranked"
+        )
     report = _ranked(arguments) if arguments.ranked is not None else _run(arguments)
 
     from jaxrec.evaluation.report import as_json, print_report
@@ -76,26 +87,38 @@ def _ranked(arguments: Arguments) -> "Report":
     from jaxrec.evaluation.ranked_lists import evaluate_ranked
     from jaxrec.evaluation.report import compare
     from jaxrec.evaluation.results import describe_protocol
+    from jaxrec.training.config import Experiment
     from jaxrec.training.run_folder import RunFolder
-    from jaxrec.training.setup import open_data, split_data
+    from jaxrec.training.setup import open_trained_on, split_data
 
     assert arguments.ranked is not None
+    config = Experiment()
     if arguments.run is not None:
-        config = RunFolder(arguments.run).read_config()
-        data = open_data(config.data)
+        folder = RunFolder(arguments.run)
+        config = folder.read_config()
+        data = open_trained_on(folder, config)
         split = split_data(config, data)
     elif arguments.data is not None:
         data = open_prepared(arguments.data, verify=True)
-        split = make_split(data, arguments.split)
+        split = make_split(data, arguments.split or _SPLIT)
     else:
         raise UserError("evaluate --ranked: give --data NAME, or the run folder to judge beside")
-    ks = arguments.ks or (10,)
+    ks, settings = arguments.ks or (10,), config.evaluation
     part, by_user = arguments.part, True
     return compare(
         evaluate_ranked(arguments.ranked, data, split, part=part, ks=ks),
         evaluate_baselines(
-            data, split, part=part, ks=ks, by_user=by_user, names=arguments.baselines
+            data,
+            split,
+            part=part,
+            ks=ks,
+            filter_seen=settings.filter_seen,
+            by_user=by_user,
+            names=arguments.baselines,
         ),
         describe_protocol(data, split, part=part, filter_seen=None, by_user=by_user),
         name=arguments.ranked.name,
+        level=settings.level,
+        resamples=settings.resamples,
+        seed=config.training.seed,
     )

@@ -63,6 +63,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # JAX's own type is not imported for it: most commands that fail never load JAX.
         if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
             raise
+        if "No space left" in str(error):
+            print("jaxrec: no space left on the disk; make room and try again", file=sys.stderr)
+            return 2
         reason = str(error).strip().splitlines()[:1] or ["no more to be had"]
         print(
             f"jaxrec: out of memory ({reason[0]}); smaller batch_size, max_length or width need "

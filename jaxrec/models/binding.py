@@ -7,6 +7,7 @@ checkpoint can be read without the model's code and a bad parameter can be named
 from collections.abc import Callable
 from typing import Any
 
+import jax
 from flax import nnx
 from jax import Array
 
@@ -37,8 +38,9 @@ def split_model(model: nnx.Module) -> tuple[Parameters, Callable[[Parameters], A
     flat = nnx.to_flat_state(state)
     paths = [path for path, _ in flat]
     names = [".".join(map(str, path)) for path in paths]
-    variables = [variable for _, variable in flat]
-    parameters = {name: v.get_value() for name, v in zip(names, variables, strict=True)}
+    parameters = {name: v.get_value() for name, (_, v) in zip(names, flat, strict=True)}
+    # What `bind` keeps are kinds of variables: the arrays would live as long as it does.
+    variables = [v.replace(jax.ShapeDtypeStruct(v.shape, v.dtype)) for _, v in flat]
 
     def bind(parameters: Parameters) -> Any:
         if set(parameters) != set(names):

@@ -47,6 +47,10 @@ class SequenceModel(nnx.Module):
         # Last, so that a model without it starts from the same numbers.
         self.output_embedding = table(num_items) if config.untied else None
 
+    def __call__(self, *args: Any, **columns: Any) -> Float[Array, "rows length width"]:
+        """`hidden`. Its `key` turns dropout on; `train()` and `eval()` change nothing."""
+        return self.hidden(*args, **columns)
+
     def embed(
         self,
         items: Int[Array, "rows length"],

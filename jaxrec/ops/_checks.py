@@ -23,7 +23,7 @@ def check_rank(op: str, name: str, x: Any, rank: int, layout: str) -> None:
 
 def check_float(op: str, name: str, x: Array) -> None:
     if x.dtype.name not in _FLOATS:
-        raise ValueError(f"{op}: {name} must be one of {', '.join(_FLOATS)}, got {x.dtype.name}")
+        raise ValueError(f"{op}: {name} must be float32 or bfloat16, got {x.dtype.name}")
 
 
 def check_qkv(

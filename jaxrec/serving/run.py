@@ -30,7 +30,7 @@ from jaxrec.training.run_folder import RunFolder
 from jaxrec.training.setup import (
     count_from_newest,
     make_model,
-    open_data,
+    open_trained_on,
     split_data,
     timestamps,
 )
@@ -120,14 +120,7 @@ class Run:
         Raises:
           UserError: it is not at hand, or is another version by its hash.
         """
-        interactions = open_data(self.config.data)
-        if interactions.hash != self._data["hash"]:
-            raise UserError(
-                f"{self.folder.path}: was trained on {self._data['name']!r} with hash "
-                f"{self._data['hash'][:12]}, the set at {interactions.path} has "
-                f"{interactions.hash[:12]}; import the version it was trained on"
-            )
-        return interactions
+        return open_trained_on(self.folder, self.config)
 
     @cached_property
     def split(self) -> Split:

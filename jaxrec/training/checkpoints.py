@@ -124,22 +124,38 @@ class Checkpoints:
         """
         if self._manager is None:
             self._manager = self._open()
-        self._manager.wait_until_finished()
-        if first_says(lambda: step in self.steps()):
-            return
-        if self._placement is not None:
-            state = self._placement.take(state)
-        self._saving = step
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(state),
-                # Not Grain's own handler, which writes a file a process: all of them read the same.
-                data=ocp.args.JsonSave(deepcopy(iterator.get_state())),
-                loop=ocp.args.JsonSave(loop._asdict() | {_MARK: True}),
-            ),
-            metrics=metrics,
-        )
+        with self._writing():
+            self._manager.wait_until_finished()
+            if first_says(lambda: step in self.steps()):
+                return
+            if self._placement is not None:
+                state = self._placement.take(state)
+            self._saving = step
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(state),
+                    # Not Grain's own handler, which writes a file a process: all read the same.
+                    data=ocp.args.JsonSave(deepcopy(iterator.get_state())),
+                    loop=ocp.args.JsonSave(loop._asdict() | {_MARK: True}),
+                ),
+                metrics=metrics,
+            )
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Tells in one line what the disk refuses, which Orbax tells as whatever it met."""
+        try:
+            yield
+        except UserError:
+            raise
+        except Exception as error:
+            # The writes that fail with it report from threads, each with a traceback.
+            logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+            raise UserError(
+                f"{self.folder}: a checkpoint cannot be written ({_why(error)}); the same command "
+                "continues from the one before once it can"
+            ) from error
 
     def _open(self) -> ocp.CheckpointManager:
         if not self._create:
@@ -361,11 +377,13 @@ class Checkpoints:
     def wait(self) -> None:
         """Until everything saved is on disk."""
         if self._manager is not None:
-            self._manager.wait_until_finished()
+            with self._writing():
+                self._manager.wait_until_finished()
 
     def close(self) -> None:
         if self._manager is not None:
-            self._manager.close()
+            with self._writing():
+                self._manager.close()
         self._reader.close()
 
 

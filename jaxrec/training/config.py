@@ -240,9 +240,34 @@ def check(config: Experiment) -> Experiment:
         ("optimizer", config.optimizer.name),
     ):
         if name not in names(kind):
-            raise UserError(f"config: unknown {kind} {name!r}; known: {', '.join(names(kind))}")
+            raise UserError(
+                f"config: unknown {kind} {name!r}; known: {', '.join(names(kind))}; register one "
+                "of your own first (jaxrec.registry.register)"
+            )
     config.model.check(max_length=config.data.max_length)
+    _refuse_unread(config)
     return config
+
+
+def _refuse_unread(config: Experiment) -> None:
+    """Raises UserError for an option that is set, and that nothing reads as things are."""
+    data, loss = config.data, config.loss
+    unread = {
+        f"data.split {data.split!r}": ("data", ("quantile", "validation_quantile", "target"))
+        if data.split == "leave_one_out"
+        else None,
+        f"loss.sampling {loss.sampling!r}": ("loss", ("sampling_power",))
+        if loss.sampling == "uniform"
+        else None,
+    }
+    for where, fields in unread.items():
+        if fields is None:
+            continue
+        part, names_of = fields
+        for name in names_of:
+            value = getattr(getattr(config, part), name)
+            if value != getattr(getattr(Experiment(), part), name):
+                raise UserError(f"config: {part}.{name} ({value}) is not read with {where}")
 
 
 def _leaves(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -23,6 +24,9 @@ class Unwritten:
         """One line; it has a `step`."""
         self.lines += 1
 
+    def sync(self) -> None:
+        """Until all lines are on disk."""
+
 
 class Curves(Unwritten):
     """Appends to metrics.jsonl.
@@ -33,15 +37,19 @@ class Curves(Unwritten):
       tensorboard: folder for event files, or none.
       first_step: the first step of this session, from which TensorBoard hides earlier sessions.
 
+    Attributes:
+      lost: how many lines fewer than `keep` there are, after a loss of power for example.
+
     Raises:
-      UserError: the file has fewer lines than `keep`; tensorboardX is missing.
+      UserError: tensorboardX is missing.
     """
 
     def __init__(
         self, path: Path, *, keep: int, tensorboard: Path | None = None, first_step: int = 0
     ) -> None:
-        _truncate(path, keep)
-        super().__init__(keep)
+        kept = _truncate(path, keep)
+        super().__init__(kept)
+        self.lost = keep - kept
         self._writer: Any = None
         if tensorboard is not None:
             self._writer = summary_writer()(str(tensorboard), purge_step=first_step or None)
@@ -56,6 +64,9 @@ class Curves(Unwritten):
             for name, value in _scalars(values, ""):
                 if name != "step":
                     self._writer.add_scalar(name, value, values["step"])
+
+    def sync(self) -> None:
+        os.fsync(self._file.fileno())
 
     def __enter__(self) -> "Curves":
         return self
@@ -82,18 +93,20 @@ def summary_writer() -> Any:
     return SummaryWriter
 
 
-def _truncate(path: Path, keep: int) -> None:
+def _truncate(path: Path, keep: int) -> int:
+    """Leaves the first `keep` whole lines, or as many as there are; how many these are."""
     if not path.exists() and not keep:
-        return
+        return 0
     path.touch()
     with path.open("rb+") as file:
-        for _ in range(keep):
+        whole = 0
+        for kept in range(keep):
             if not file.readline().endswith(b"\n"):
-                raise UserError(
-                    f"{path}: has fewer than the {keep} lines that its checkpoint remembers; put "
-                    "them back, or begin anew with --overwrite"
-                )
-        file.truncate(file.tell())
+                file.truncate(whole)
+                return kept
+            whole = file.tell()
+        file.truncate(whole)
+    return keep
 
 
 def _scalars(values: dict[str, Any], prefix: str) -> list[tuple[str, float]]:

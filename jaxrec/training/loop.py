@@ -158,6 +158,8 @@ def _train(
                 )
             )
         )
+        if curves is not None and curves.lost:
+            report.line(f"{folder.metrics}: {curves.lost} lines of the curve are lost; going on")
         _Loop(
             config=config,
             steps_per_epoch=batches.batches_per_epoch,
@@ -298,10 +300,11 @@ class _Loop:
             value = metrics[config.metric]
             if not math.isfinite(value):
                 raise UserError(f"validation {config.metric} is {value} at step {done}")
-            if loop.best is None or value > loop.best:
-                loop = loop._replace(best=value, best_step=done, stale=0)
-            else:
-                loop = loop._replace(stale=loop.stale + 1)
+            # Of equals the latest is kept (as by the checkpoints), but patience runs on.
+            improved = loop.best is None or value > loop.best
+            if improved or value == loop.best:
+                loop = loop._replace(best=value, best_step=done)
+            loop = loop._replace(stale=0 if improved else loop.stale + 1)
             seconds = time.perf_counter() - start
             self.curves.write(
                 {
@@ -342,6 +345,7 @@ class _Loop:
     ) -> None:
         # A checkpoint of a frozen state would push out the good ones.
         self._check_finite(state)
+        self.curves.sync()
         self.checkpoints.save(
             done, state, self.iterator, loop._replace(lines=self.curves.lines), metrics
         )

@@ -20,6 +20,7 @@ from jaxrec.errors import UserError
 from jaxrec.models.binding import Parameters, build_model, split_model
 from jaxrec.registry import resolve
 from jaxrec.training.config import DataConfig, Experiment, LossConfig
+from jaxrec.training.run_folder import RunFolder
 from jaxrec.training.state import LossFunction, sequence_loss
 
 # The embedded default: made where it is first needed, without a network.
@@ -38,8 +39,29 @@ def open_data(config: DataConfig) -> Interactions:
     if config.name == GENERATED and GENERATED not in dataset_names():
         from jaxrec.data.generate import generate
 
-        return generate(GENERATED)
+        try:
+            return generate(GENERATED)
+        except UserError:
+            # Another process may have made it meanwhile.
+            if GENERATED not in dataset_names():
+                raise
     return open_prepared(config.name, verify=True)
+
+
+def open_trained_on(folder: RunFolder, config: Experiment) -> Interactions:
+    """The data set that a run was trained on.
+
+    Raises:
+      UserError: it is not at hand, or is another version by its hash.
+    """
+    data, interactions = folder.read_data(), open_data(config.data)
+    if interactions.hash != data["hash"]:
+        raise UserError(
+            f"{folder.path}: was trained on {data['name']!r} with hash {data['hash'][:12]}, the "
+            f"set at {interactions.path} has {interactions.hash[:12]}; import the version it was "
+            "trained on"
+        )
+    return interactions
 
 
 def located(config: Experiment) -> Experiment:

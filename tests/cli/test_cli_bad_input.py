@@ -298,6 +298,12 @@ ARGUMENTS = {
     "picture of another form": (["show", RUN, "--png", "c.jpg"], "drawn to a .png file"),
     "picture to no folder": (["show", RUN, "--png", "no/c.png"], "no/c.png: cannot be written"),
     "nothing to judge": (["evaluate"], "give a run folder, or --ranked FILE"),
+    "a set beside a run": (["evaluate", "run", "--data", "shop"], "--data and --split go with"),
+    "a split beside a run": (["evaluate", "run", "--split", "temporal"], "--data and --split"),
+    "a checkpoint of lists": (
+        ["evaluate", "--ranked", "a.csv", "--data", "shop", "--checkpoint", "last"],
+        "--checkpoint is of a run's own lists",
+    ),
     "lists without a set": (["evaluate", "--ranked", "a.csv"], "give --data NAME"),
     "lists are missing": (["evaluate", "--ranked", "b.csv", "--data", "shop"], "b.csv"),
     "lists are something else": (["evaluate", "--ranked", "a.csv", "--data", "shop"], "a.csv"),

@@ -1,5 +1,7 @@
 """A model as a flat table of named arrays, and back."""
 
+import gc
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -49,6 +51,26 @@ def test_binding_one_leaves_the_other_as_it_was():
     one = bind(parameters)
     bind({name: value * 0 for name, value in parameters.items()})
     np.testing.assert_array_equal(one.item_embedding[...], parameters["item_embedding"])
+
+
+def test_what_binds_keeps_no_arrays():
+    """A table would lie in memory as long as a run is trained or served."""
+    width = 97
+    model = build_model(SASRecConfig(width=width), num_items=5, max_length=3, seed=0)
+    parameters, bind = split_model(model)
+    shapes = {name: value.shape for name, value in parameters.items()}
+    del model, parameters
+    gc.collect()
+    assert not [x for x in jax.live_arrays() if x.shape == (5, width)]
+    bound = bind({name: jnp.ones(shape) for name, shape in shapes.items()})
+    assert bound.item_embedding[...].shape == (5, width)
+
+
+def test_a_model_is_called_for_its_hidden_states():
+    model = build_model(CONFIG, num_items=5, max_length=3, seed=0)
+    items = jnp.array([[1, 2, 0]])
+    slots = {"valid": items > 0, "segment_ids": items * 0, "positions": jnp.array([[0, 1, 2]])}
+    np.testing.assert_array_equal(model(items, **slots), model.hidden(items, **slots))
 
 
 def test_binding_works_under_transformations():

@@ -106,7 +106,10 @@ def test_ids_below_the_integers_are_padding_too():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: ops.dropout(jnp.arange(8), 0.25, key=jax.random.key(0)), "x must be float32 or bfloat16"),
+        (
+            lambda: ops.dropout(jnp.arange(8), 0.25, key=jax.random.key(0)),
+            "x must be float32 or bfloat16",
+        ),
         (lambda: ops.dropout(jnp.ones(8), "a", key=jax.random.key(0)), "Python number"),
         (lambda: ops.take_rows(jnp.ones((3, 2)), jnp.ones(2)), "indices must hold integers"),
         (lambda: ops.take_rows(jnp.ones((3, 2)), jnp.array([True])), "indices must hold integers"),

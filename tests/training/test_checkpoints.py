@@ -326,6 +326,24 @@ def test_what_was_opened_to_be_read_is_not_written_to(saved):
     checkpoints.close()
 
 
+@pytest.mark.parametrize("call", ["save", "wait", "close"])
+def test_a_disk_that_refuses_is_told_in_a_line(tmp_path, monkeypatch, call):
+    checkpoints = save(tmp_path / "c", [1])
+
+    def refuse(*_, **__):
+        raise RuntimeError("RESOURCE_EXHAUSTED: write: No space left on device\nand more")
+
+    name = {"save": "save", "wait": "wait_until_finished", "close": "close"}[call]
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoints._manager, name, refuse)
+        arguments = (3, state(3), iterator(), LOOP, None) if call == "save" else ()
+        with pytest.raises(UserError, match=r"cannot be written .*No space left") as caught:
+            getattr(checkpoints, call)(*arguments)
+    assert "\n" not in str(caught.value)
+    checkpoints.close()
+    assert restore(tmp_path / "c")[0].step == 1
+
+
 def test_none_that_can_be_read_is_an_error(spoilt):
     for step in ("3", "5", "6"):
         truncate(spoilt / step)

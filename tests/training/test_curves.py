@@ -42,12 +42,16 @@ def test_nothing_is_kept_of_a_run_without_a_checkpoint(tmp_path):
 
 
 @pytest.mark.parametrize("text", [None, "", '{"step": 1}\n', '{"step": 1}\n{"step": 2}'])
-def test_lines_that_the_checkpoint_remembers_must_be_there(tmp_path, text):
+def test_lines_that_were_lost_are_counted_and_gone_without(tmp_path, text):
     path = tmp_path / "metrics.jsonl"
     if text is not None:
         path.write_text(text)
-    with pytest.raises(UserError, match="fewer than the 2 lines"):
-        Curves(path, keep=2)
+    whole = (text or "").count("\n")
+    with Curves(path, keep=2) as curves:
+        assert (curves.lost, curves.lines) == (2 - whole, whole)
+        curves.write({"step": 3})
+        curves.sync()
+    assert path.read_text() == '{"step": 1}\n' * whole + '{"step": 3}\n'
 
 
 def test_numbers_that_json_does_not_have_are_never_written(tmp_path):

@@ -172,6 +172,37 @@ def test_a_finished_run_is_left_alone(tmp_path, capsys):
     assert capsys.readouterr().err == ""
 
 
+def test_a_finished_run_is_judged_again_as_it_is_asked_to(tmp_path):
+    folder = copy_of(trained_run(), tmp_path / "run")
+    before = RunFolder(folder).read_results()
+    jaxrec.fit(small_config(evaluation__level=0.5), folder)
+    after = RunFolder(folder).read_results()
+    assert after["config"]["evaluation"]["level"] == 0.5
+    wide, narrow = (x["metrics"]["test"]["intervals"]["hr@10"] for x in (before, after))
+    assert narrow != wide
+    assert after["metrics"]["test"]["hr@10"] == before["metrics"]["test"]["hr@10"]
+
+
+def test_equal_validations_leave_the_latest_and_do_not_reset_patience(tmp_path, monkeypatch):
+    config = small_config(training__epochs=9, training__patience=2, training__checkpoint_every=0)
+    with monkeypatch.context() as patched:
+        patched.setattr(loop_module.Evaluator, "metrics", lambda *_: {"ndcg@10": 0.5})
+        train(config, tmp_path / "run")
+    points = [line for line in curve(tmp_path / "run") if "validation" in line]
+    assert len(points) == 3
+    _, _, loop, _ = last_state(config, tmp_path / "run")  # which fails at any warning
+    assert loop.best_step == points[-1]["step"] == jaxrec.load(tmp_path / "run").step
+
+
+def test_a_curve_that_lost_lines_does_not_stop_a_run(tmp_path, capsys):
+    folder = copy_of(trained_run(), tmp_path / "run")
+    log = RunFolder(folder).metrics
+    log.write_text("".join(log.read_text().splitlines(keepends=True)[:-1]))
+    jaxrec.fit(small_config(training__epochs=3), folder)
+    assert "1 lines of the curve are lost" in capsys.readouterr().err
+    assert curve(folder)[-1]["epoch"] == 3
+
+
 @pytest.mark.parametrize("step", [2, 6, 4], ids=["first epoch", "second epoch", "end of epoch"])
 def test_a_signal_stops_with_a_checkpoint_and_the_same_call_continues(
     tmp_path, monkeypatch, capsys, step
