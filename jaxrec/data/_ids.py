@@ -41,6 +41,10 @@ def as_id_array(ids: Any, what: str) -> pa.Array:
     return array
 
 
+# So many ids are looked for one by one; for more it is faster to hash those of the set.
+_FEW = 32
+
+
 class IdIndex:
     """Maps indices to original ids and back; built once, looked up often."""
 
@@ -83,6 +87,20 @@ class IdIndex:
                 f"{self._what} {given!r} is not in the data set {self._set_name}{self._hint(given)}"
             )
         return index
+
+    def find_each(self, given: Iterable[Id]) -> np.ndarray:
+        """int32: indices of original ids, as `find` for each of them.
+
+        Raises:
+            UserError: where the set does not know one.
+        """
+        given = list(given)
+        if len(given) <= _FEW:
+            return np.array([self.find(one) for one in given], np.int32)
+        found = self.find_all(given)
+        for unknown in np.flatnonzero(found < 0):
+            self.find(given[unknown])
+        return found
 
     def find_all(self, given: Sequence[Any] | np.ndarray | pa.Array | Iterable[Any]) -> np.ndarray:
         """Indices of original ids (or their texts), -1 where the set does not know one."""

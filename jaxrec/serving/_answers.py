@@ -22,7 +22,7 @@ def checked_history(history: Sequence[Id], items: IdIndex) -> NDArray[np.int32]:
     """Item indices of a history, which must not be empty."""
     if isinstance(history, str):
         raise UserError(f"recommend: history is a list of item ids, got the text {history!r}")
-    events = np.array([items.find(item) for item in history], np.int32)
+    events = items.find_each(history)
     if not len(events):
         raise UserError("recommend: the history is empty; give at least one item")
     return events
@@ -33,7 +33,10 @@ def checked_times(times: Sequence[int] | None, events: int) -> NDArray[np.int64]
     if times is None:
         raise UserError("recommend: the model reads when events happened; give times as well")
     try:
-        seconds: NDArray[Any] = np.asarray(times, np.float64).astype(np.int64)
+        given = np.asarray(times, np.float64)
+        if not np.isfinite(given).all():
+            raise ValueError
+        seconds: NDArray[Any] = given.astype(np.int64)
     except (TypeError, ValueError, OverflowError):
         raise UserError(f"recommend: times must be numbers of seconds, got {times!r}") from None
     if seconds.shape != (events,):

@@ -213,7 +213,10 @@ class Run:
         if users is None:
             index = np.flatnonzero(np.diff(data.offsets) > 0)
         else:
-            index = np.array([data.user_index(user) for user in users], np.int64)
+            given = list(users)
+            index = data.user_indices(given).astype(np.int64)
+            for unknown in np.flatnonzero(index < 0):
+                data.user_index(given[unknown])  # which tells it
         return self.rank_users(
             index, k=k, filter_seen=filter_seen, allow=allow, deny=deny, progress=progress
         )
@@ -408,7 +411,7 @@ class Run:
         if items is None:
             return None
         mask = np.zeros(self.num_items, bool)
-        mask[[self._items.find(item) for item in items]] = True
+        mask[self._items.find_each(items)] = True
         return mask
 
     def item_text(self, item: Id) -> str:

@@ -33,7 +33,8 @@ class DataConfig:
     validation_quantile: float = 0.9
     """Temporal split: the same within the training part, for validation."""
     target: Literal["last", "first", "random", "all"] = "last"
-    """Temporal split: which event past the threshold is to be predicted."""
+    """Temporal split: which event past the threshold is to be predicted; random draws by
+    training.seed, so that runs of two seeds are judged on different events."""
     max_length: int = 50
     """A sequence is cut to this many of its most recent events."""
     packed: bool = True

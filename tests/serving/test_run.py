@@ -28,6 +28,7 @@ import jaxrec
 from jaxrec.data.prepared import write_prepared
 from jaxrec.data.splits import leave_one_out
 from jaxrec.errors import UserError
+from jaxrec.serving._answers import checked_times
 from jaxrec.training.run_folder import RunFolder, write_json
 
 IDS = [f"i{i:02d}" for i in range(ITEMS)]
@@ -107,6 +108,25 @@ def test_a_user_gets_what_the_formula_says(index):
     assert_recommended(run().recommend(FIRST_USER + index, k=5), wanted)
     assert_recommended(run().recommend(str(FIRST_USER + index), k=5), wanted)
     assert_recommended(run().recommend(history=[IDS[i] for i in history], k=5), wanted)
+
+
+@pytest.mark.parametrize("repeats", [1, 20])
+def test_few_ids_and_many_are_found_alike(repeats):
+    """Few are looked for one by one, many at once."""
+    ids = IDS[3:6] * repeats
+    found = run().recommend(history=ids, k=4)
+    assert_recommended(found, best([3, 4, 5] * repeats, 4))
+    with pytest.raises(UserError, match="item 'i99' is not in the data set shop"):
+        run().recommend(history=[*ids, "i99"])
+    users = [FIRST_USER + 1, str(FIRST_USER)] * repeats
+    np.testing.assert_array_equal(run().recommend_all(users, k=2).users, [1, 0] * repeats)
+    with pytest.raises(UserError, match="user 7 is not in the data set shop"):
+        run().recommend_all([*users, 7])
+
+
+def test_times_are_numbers():
+    with pytest.raises(UserError, match="times must be numbers of seconds"):
+        checked_times([1.0, float("nan")], 2)
 
 
 def test_histories_short_and_long():
