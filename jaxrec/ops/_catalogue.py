@@ -30,8 +30,11 @@ def check_matrices(op: str, hidden: Any, item_table: Any) -> None:
             f"{op}: hidden and item_table must have one dtype, got {hidden.dtype} and "
             f"{item_table.dtype}; cast one of them"
         )
-    if 0 in item_table.shape:
-        raise ValueError(f"{op}: item_table must hold at least one number, got {item_table.shape}")
+    for axis, what in enumerate(("item", "number an item")):
+        if item_table.shape[axis] == 0:
+            raise ValueError(
+                f"{op}: item_table must hold at least one {what}, got {item_table.shape}"
+            )
 
 
 def check_float(op: str, name: str, array: Any) -> None:

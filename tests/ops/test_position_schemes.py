@@ -135,7 +135,7 @@ def test_rotary_gradient_turns_back(rng):
         (lambda: ops.t5_bucket(jnp.arange(3), 32, 16), "max_distance > buckets // 2"),
         (lambda: ops.t5_bias(jnp.ones(32), 4), r"table must be \[buckets, heads\]"),
         (lambda: ops.t5_bias(jnp.ones((32, 1), int), 4), "table must be float32"),
-        (lambda: ops.alibi_slopes(0), "heads must be positive"),
+        (lambda: ops.alibi_slopes(0), "heads must be a positive"),
         (lambda: ops.alibi_bias(jnp.ones((2, 1)), 4), r"slopes must be \[heads\]"),
         (lambda: rotary(width=3), "head_dim must be even"),
         (lambda: rotary(base=0.0), "base must be a positive"),
