@@ -106,11 +106,6 @@ class TransformerConfig(ModelConfig):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise UserError(f"config: model.{name} must be positive, got {value}")
-        for name, reader in (("alibi_slope", "alibi"), ("rope_base", "rope")):
-            if getattr(self, name) != getattr(type(self)(), name) and self.position != reader:
-                raise UserError(
-                    f"config: model.{name} is not read with model.position {self.position!r}"
-                )
         if self.kernel.band is not None and self.kernel.band < 1:
             raise UserError(f"config: model.kernel.band must be positive, got {self.kernel.band}")
         if "kernel" in self.position and (self.kernel.band or 1) > max_length:

@@ -246,29 +246,36 @@ def check(config: Experiment) -> Experiment:
                 "of your own first (jaxrec.registry.register)"
             )
     config.model.check(max_length=config.data.max_length)
-    _refuse_unread(config)
     return config
 
 
-def _refuse_unread(config: Experiment) -> None:
-    """Raises UserError for an option that is set, and that nothing reads as things are."""
-    data, loss = config.data, config.loss
-    unread = {
-        f"data.split {data.split!r}": ("data", ("quantile", "validation_quantile", "target"))
-        if data.split == "leave_one_out"
-        else None,
-        f"loss.sampling {loss.sampling!r}": ("loss", ("sampling_power",))
-        if loss.sampling == "uniform"
-        else None,
-    }
-    for where, fields in unread.items():
-        if fields is None:
-            continue
-        part, names_of = fields
-        for name in names_of:
-            value = getattr(getattr(config, part), name)
-            if value != getattr(getattr(Experiment(), part), name):
-                raise UserError(f"config: {part}.{name} ({value}) is not read with {where}")
+def refuse_unread(config: Experiment) -> None:
+    """Raises UserError for an option that is set, and that nothing reads as things are.
+
+    Of new trainings: a run that was trained so may still be opened.
+    """
+    default = dataclasses.replace(Experiment(), model=type(config.model)())
+    position = getattr(config.model, "position", None)
+    for part, fields, reason, is_unread in (
+        (
+            "data",
+            ("quantile", "validation_quantile", "target"),
+            f"data.split {config.data.split!r}",
+            config.data.split == "leave_one_out",
+        ),
+        (
+            "loss",
+            ("sampling_power",),
+            f"loss.sampling {config.loss.sampling!r}",
+            config.loss.sampling == "uniform",
+        ),
+        ("model", ("alibi_slope",), f"model.position {position!r}", position != "alibi"),
+        ("model", ("rope_base",), f"model.position {position!r}", position != "rope"),
+    ):
+        for name in fields:
+            given, usual = (getattr(getattr(c, part), name, None) for c in (config, default))
+            if is_unread and given != usual:
+                raise UserError(f"config: {part}.{name} ({given}) is not read with {reason}")
 
 
 def _leaves(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -18,7 +18,7 @@ from jaxrec.evaluation.evaluator import Evaluator, sample_targets
 from jaxrec.evaluation.ranker import Ranker
 from jaxrec.processes import agreed, count, first, highest, in_turn, stopping_together
 from jaxrec.training.checkpoints import Checkpoints, LoopState
-from jaxrec.training.config import Experiment, TrainingConfig, check
+from jaxrec.training.config import Experiment, TrainingConfig, check, refuse_unread
 from jaxrec.training.curves import Curves, Unwritten, summary_writer
 from jaxrec.training.interrupt import Interrupted, SignalFlag
 from jaxrec.training.optimizer import learning_rate, make_optimizer
@@ -85,6 +85,7 @@ def _train(
     config: Experiment, folder: RunFolder, overwrite: bool, show_progress: bool | None
 ) -> RunFolder:
     config = located(check(config))
+    refuse_unread(config)
     if config.training.tensorboard:
         summary_writer()
     # What is wrong in the config is told before the data are read.

@@ -4,8 +4,10 @@ import pytest
 from small_sets import small_config
 
 from jaxrec.errors import UserError
+from jaxrec.models.config import HSTUConfig
 from jaxrec.training import setup
-from jaxrec.training.config import DataConfig, check
+from jaxrec.training.config import DataConfig, Experiment, check, refuse_unread
+from jaxrec.training.loop import train
 
 
 def test_a_set_that_another_process_made_meanwhile_is_taken(tmp_path, monkeypatch):
@@ -29,16 +31,25 @@ def test_a_set_that_another_process_made_meanwhile_is_taken(tmp_path, monkeypatc
         ({"data__quantile": 0.5}, "data.quantile (0.5) is not read with data.split"),
         ({"data__target": "all"}, "data.target (all) is not read with data.split"),
         ({"loss__sampling_power": 0.75}, "loss.sampling_power (0.75) is not read with loss.samp"),
-        ({"model__rope_base": 5.0}, "model.rope_base is not read with model.position 'additive'"),
-        ({"model__alibi_slope": 0.5}, "model.alibi_slope is not read with"),
+        (
+            {"model__rope_base": 5.0},
+            "model.rope_base (5.0) is not read with model.position 'additive'",
+        ),
+        ({"model__alibi_slope": 0.5}, "model.alibi_slope (0.5) is not read with"),
     ],
 )
-def test_an_option_that_nothing_reads_is_refused(changes, message):
+def test_an_option_that_nothing_reads_is_refused(tmp_path, changes, message):
+    config = check(small_config(**changes))  # as an older run may have it
     with pytest.raises(UserError) as caught:
-        check(small_config(**changes))
+        refuse_unread(config)
     assert message in str(caught.value)
+    with pytest.raises(UserError) as caught:
+        train(config, tmp_path / "run")
+    assert message in str(caught.value)
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_same_options_where_they_are_read():
-    check(small_config(data__split="temporal", data__quantile=0.5))
-    check(small_config(model__position="rope", model__rope_base=5.0))
+    refuse_unread(small_config(data__split="temporal", data__quantile=0.5))
+    refuse_unread(small_config(model__position="rope", model__rope_base=5.0))
+    refuse_unread(Experiment(model=HSTUConfig()))
