@@ -85,8 +85,7 @@ def _judge(run: Run, folder: RunFolder, results_folder: str | Path | None) -> No
 
 def _is_of(folder: RunFolder, config: Experiment) -> bool:
     """Whether what is told is as the config asks now: this may change after training."""
-    told, asked = (
-        read_json(folder.results).get("config", {}),
-        json.loads(json.dumps(to_dict(config))),
-    )
+    told = read_json(folder.results).get("config", {})
+    # As a file gives it back: with lists for tuples.
+    asked = json.loads(json.dumps(to_dict(config)))
     return all(told.get(part) == asked[part] for part in ("evaluation", "published"))

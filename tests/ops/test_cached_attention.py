@@ -249,7 +249,11 @@ X = np.zeros((2, 5, 1, 4), np.float32)
         ("softmax", {"length": np.zeros(3, np.int32)}, r"length must be int\[batch\] = \[2\]"),
         ("softmax", {"length": np.zeros(2, np.float32)}, "length must be int"),
         ("softmax", {"mode": "both"}, "mode must be 'causal' or 'independent'"),
-        ("softmax", {"own_valid": np.ones((2, 4), bool)}, r"own_valid must be .* = \[2, 5\]"),
+        (
+            "softmax",
+            {"own_valid": np.ones((2, 4), bool)},
+            r"own_valid must be \[batch, length\] = \[2, 5\]",
+        ),
         ("softmax", {"distance_bias": np.ones(4, np.float32)}, "as many distances as the cache"),
         ("softmax", {"distance_bias": np.ones((2, 9), np.float32)}, "with heads=1"),
         ("softmax", {"implementation": "pallas"}, "cannot run"),
