@@ -5,6 +5,7 @@ import sys
 from collections.abc import Collection, Sequence
 from importlib import import_module
 
+from jaxrec.cli.components import import_components
 from jaxrec.cli.huge_pages import restart_with_huge_pages
 from jaxrec.errors import UserError
 from jaxrec.training.interrupt import Interrupted
@@ -32,9 +33,13 @@ COMMANDS: dict[str, tuple[str, str]] = {
 _HEAVY = ("quickstart", "train", "evaluate", "recommend")
 
 
+# Before the command: a module or file to be imported first, which registers components.
+_IMPORT = "--import"
+
+
 def console() -> int:
     """`main` for a process of its own, which may start itself once more."""
-    if set(sys.argv[1:2]) & set(_HEAVY):
+    if set(split_imports(sys.argv[1:])[1][:1]) & set(_HEAVY):
         restart_with_huge_pages()
     return main()
 
@@ -75,7 +80,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
 
 
+def split_imports(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """What is named by `--import` in front of the command, and the words from the command on."""
+    imports, rest = [], list(words)
+    while rest[:1] == [_IMPORT] and len(rest) > 1:
+        imports.append(rest[1])
+        del rest[:2]
+    return imports, rest
+
+
 def _run(words: list[str]) -> int:
+    imports, words = split_imports(words)
+    if words[:1] == [_IMPORT]:
+        raise UserError(f"{_IMPORT}: give a module or a Python file that registers components")
+    for name in imports:
+        import_components(name)
     if not words or words[0] in ("-h", "--help", "help"):
         _print_help()
         return 0 if words else 2
@@ -101,10 +120,14 @@ def _run(words: list[str]) -> int:
 
 def _print_help(names: Collection[str] = tuple(COMMANDS)) -> None:
     width = max(map(len, names))
-    print("usage: jaxrec COMMAND [options]; jaxrec COMMAND --help tells more\n")
+    print("usage: jaxrec [--import MODULE] COMMAND [options]; jaxrec COMMAND --help tells more\n")
     for name in names:
         print(f"  {name:<{width}}  {COMMANDS[name][1]}")
-    print("\nData sets are kept in $JAXREC_DATA_DIR (default: a folder in the user's cache).")
+    print(
+        "\n--import MODULE, or FILE.py: imported first, to register components that a config or "
+        "run names."
+    )
+    print("Data sets are kept in $JAXREC_DATA_DIR (default: a folder in the user's cache).")
 
 
 if __name__ == "__main__":

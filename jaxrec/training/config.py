@@ -7,7 +7,6 @@ that is stored is executed.
 
 import dataclasses
 import math
-import runpy
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any, Literal
 
 import msgspec
 
+from jaxrec._python_files import run_python_file
 from jaxrec.errors import UserError
 from jaxrec.models.config import ModelConfig, SASRecConfig
 from jaxrec.registry import names, resolve
@@ -397,21 +397,7 @@ def load_config(path: str | Path) -> Experiment:
       UserError: no such file, an error in it (with its line), or no `config` in it.
     """
     path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{path}: no such config file")
-    if path.suffix != ".py":
-        raise UserError(f"{path}: a config is a Python file that defines `config`, got {path.name}")
-    try:
-        defined = runpy.run_path(str(path))
-    except SyntaxError as error:
-        raise UserError(f"{error.filename or path}, line {error.lineno}: {error.msg}") from None
-    except SystemExit as stop:
-        raise UserError(
-            f"{path}, line {_line_in(path, stop)}: ends Python instead of defining `config`"
-        ) from None
-    except Exception as error:
-        line = _line_in(path, error)
-        raise UserError(f"{path}, line {line}: {type(error).__name__}: {error}") from error
+    defined = run_python_file(path, what="config", doing="defining `config`")
     config = defined.get("config")
     if not isinstance(config, Experiment):
         raise UserError(
@@ -419,12 +405,3 @@ def load_config(path: str | Path) -> Experiment:
             f"got {type(config).__name__}"
         )
     return check(config)
-
-
-def _line_in(path: Path, error: BaseException) -> int | str:
-    traceback, line = error.__traceback__, "?"
-    while traceback is not None:
-        if traceback.tb_frame.f_code.co_filename == str(path):
-            line = str(traceback.tb_lineno)
-        traceback = traceback.tb_next
-    return line
