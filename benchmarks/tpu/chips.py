@@ -30,14 +30,23 @@ class Chip(NamedTuple):
         return max(flops / (self.flops_per_cycle * self.hertz), moved / self.hbm_bytes_per_second)
 
 
-_MIB = 1 << 20
-# FLOPs a cycle: four units of 128 x 128 on v5e, two of 256 x 256 at two rows a cycle on v6e, a
-# multiplication and an addition each. Together with the clock they give 197 and 918 TFLOP/s.
-_KINDS = {"v5e": ("TPU v5 lite", "TPU v5e"), "v6e": ("TPU v6 lite", "TPU v6e")}
-CHIPS: dict[str, Chip] = {
-    "v5e": Chip("v5e", "v5e:2x2", 1.5e9, 131_072, 819e9, 16 << 30, 128 * _MIB, _KINDS["v5e"]),
-    "v6e": Chip("v6e", "v6e:2x2", 1.75e9, 524_288, 1_640e9, 32 << 30, 128 * _MIB, _KINDS["v6e"]),
-}
+_MIB, _GIB = 1 << 20, 1 << 30
+# FLOPs a cycle: four units of 128 x 128 a core, from v6e on two of 256 x 256 at two rows a cycle, a
+# multiplication and an addition each. Together with the clock they give a v5e 197 TFLOP/s and a v6e
+# 918. The two cores of a v4 or TPU7x are a device each in what is compiled ahead of time, and these
+# are the figures of one; those of a v5p are one device, and share the parallel part of a grid.
+_ALL = (
+    Chip(
+        "v5e", "v5e:2x2", 1.5e9, 1 << 17, 819e9, 16 * _GIB, 128 * _MIB, ("TPU v5 lite", "TPU v5e")
+    ),
+    Chip(
+        "v6e", "v6e:2x2", 1.75e9, 1 << 19, 1640e9, 32 * _GIB, 128 * _MIB, ("TPU v6 lite", "TPU v6e")
+    ),
+    Chip("v4", "v4:2x2x1", 1.05e9, 1 << 17, 614e9, 16 * _GIB, 16 * _MIB, ("TPU v4",)),
+    Chip("v5p", "v5p:2x2x1", 1.75e9, 1 << 18, 2765e9, 95 * _GIB, 64 * _MIB, ("TPU v5", "TPU v5p")),
+    Chip("tpu7x", "tpu7x:2x2x1", 2.2e9, 1 << 19, 3690e9, 96 * _GIB, 64 * _MIB, ("TPU7x",)),
+)
+CHIPS: dict[str, Chip] = {chip.name: chip for chip in _ALL}
 
 
 def chip_named(name: str) -> Chip:

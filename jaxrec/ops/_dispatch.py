@@ -3,7 +3,8 @@
 Every op names itself and asks `choose` before it traces anything. `supports` of a kernel looks at
 shapes, dtypes and options only, never at the device; which platform's code is compiled is decided
 at lowering, by `platform_switch`, so that one traced function can be compiled for the host, for a
-TPU ahead of time, or exported.
+TPU ahead of time, or exported. Only a TPU that is known while tracing to be too old for the kernels
+has them left out.
 """
 
 from collections.abc import Callable, Iterator
@@ -13,6 +14,8 @@ from typing import Any, Literal, NamedTuple, TypeVar
 
 import jax
 from jax import lax
+
+from jaxrec_kernels.generations import older_than_v5
 
 Implementation = Literal["xla", "pallas"]
 IMPLEMENTATIONS: tuple[str, ...] = ("xla", "pallas")
@@ -72,7 +75,9 @@ def choose(
     Raises:
       ValueError: the name is unknown, or a forced kernel cannot run; the reason is in the message.
     """
-    reason = unsupported or (slower if implementation is None else None)
+    reason = unsupported
+    if implementation is None:
+        reason = reason or slower or older_than_v5()
     choice = _choose(op, implementation, reason)
     decisions = _decisions.get()
     if decisions is not None:

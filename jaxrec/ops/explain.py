@@ -25,7 +25,8 @@ def explain(
       op: a function of `jaxrec.ops`, or its name.
       *specs: its positional arguments; arrays may be given as `jax.ShapeDtypeStruct`.
       target: the platform that is asked about: "cpu", "gpu", "tpu", a device (abstract ones too),
-        or None for the one that JAX would use. For a TPU device the blocks are those for its kind.
+        or None for the one that JAX would use. Of a TPU device the kind counts: its blocks, and
+        whether it is too old for kernels.
       **options: its keyword arguments, `implementation` included.
 
     Returns:
@@ -46,7 +47,8 @@ def explain(
     """
     name, function = _resolve(op)
     platform = _platform(target)
-    with recorded() as decisions:
+    kind = _kind_of(target) if platform == "tpu" else nullcontext()
+    with kind, recorded() as decisions:
         _trace(function, specs, options)
     mine = [d for d in decisions if d.choice.op == name]
     if not mine:

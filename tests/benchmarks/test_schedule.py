@@ -560,7 +560,7 @@ def test_results_tell_the_ratios_of_gradients():
     [
         ({"op": ("attention",)}, "--op attention: no such op; there are linear_cross_entropy"),
         ({"shape": ("n51",)}, "--shape n51: no such shape; there are"),
-        ({"chips": ("v4",)}, "--chip v4: no such chip; there are v5e, v6e"),
+        ({"chips": ("v3",)}, "--chip v3: no such chip; there are v5e, v6e, v4, v5p, tpu7x"),
         ({"op": ("hstu_attention",), "shape": ("v3k",)}, "none of these ops has any of these"),
     ],
 )

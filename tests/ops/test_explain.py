@@ -1,5 +1,7 @@
 """explain says what `choose` decides, without running anything."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,7 @@ from catalogue_cases import loss_module
 
 from jaxrec import ops
 from jaxrec.ops._dispatch import Choice
+from jaxrec_kernels import tuning
 
 ROWS = jax.ShapeDtypeStruct((8, 16), jnp.float32)
 LABELS = jax.ShapeDtypeStruct((8,), jnp.int32)
@@ -97,6 +100,40 @@ def test_a_kernel_counts_on_its_own_platforms_only(target, implementation, monke
     assert choice.implementation == implementation
     if implementation == "xla":
         assert "the kernel is for tpu, the target is" in choice.reason
+
+
+OLD = jax.sharding.AbstractDevice("TPU v4", 1, platform="tpu")
+WITH_KERNELS = (
+    "causal_attention",
+    "hstu_attention",
+    "linear_cross_entropy",
+    "mean_linear_cross_entropy",
+    "positional_kernel_attention",
+)
+
+
+@pytest.mark.parametrize("name", WITH_KERNELS)
+def test_kernels_are_left_out_on_a_tpu_that_is_too_old_for_them(name):
+    """A v4 compiles some of them and fails with others, where a user has asked for nothing."""
+    specs, options = CALLS[name]
+    if "cross_entropy" in name:
+        specs = (*(ROWS.update(shape=(4096, 64)),) * 2, LABELS.update(shape=(4096,)))
+        options = {}
+    else:
+        wide = HEADS.update(shape=(2, 128, 1, 64))
+        specs = tuple(wide if spec is HEADS else spec for spec in specs)
+    assert ops.explain(name, *specs, target="tpu", **options).implementation == "pallas"
+    told = ops.explain(name, *specs, target=OLD, **options)
+    assert told.implementation == "xla"
+    assert told.reason == "the kernels are made for v5e and later TPUs, and this is a TPU v4"
+    forced = ops.explain(name, *specs, target=OLD, implementation="pallas", **options)
+    assert forced.implementation == "pallas"
+
+    function = functools.partial(getattr(ops, name), **options)
+    with tuning.compiling_for("TPU v4"):
+        assert "pallas_call" not in str(jax.make_jaxpr(function)(*specs))
+    with tuning.compiling_for("TPU v5 lite"):
+        assert "pallas_call" in str(jax.make_jaxpr(function)(*specs))
 
 
 @pytest.mark.parametrize("op", ["softmax", len, jnp.sum, "explain", ops.explain])

@@ -138,7 +138,7 @@ def test_explain_says_where_blocks_come_from():
             "linear_cross_entropy", hidden, items, labels, target=target, **options
         ).reason
 
-    for kind, wanted in ((V5E, "table for v5e"), (V6E, "table for v6e"), ("TPU v4", "own rule")):
+    for kind, wanted in ((V5E, "table for v5e"), (V6E, "table for v6e"), ("TPU v5p", "own rule")):
         assert reason(AbstractDevice(kind, 1, platform="tpu")).endswith(wanted)
     assert reason("tpu").endswith("own rule")
     bias = jax.ShapeDtypeStruct(SIZES[1:2], jnp.float32)
