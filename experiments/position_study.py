@@ -69,7 +69,7 @@ class Arguments:
     reuse: tuple[Path, ...] = ()
     """Folders of run folders: a run in there with the same config and data is used as it is."""
     again: bool = False
-    """Train what has a results file but no run folder, so that it can be compared in pairs."""
+    """Train what has a results file but no values by user, so that it can be compared in pairs."""
     only_report: bool = False
     """Train nothing; compare what is there."""
     config: Path = HERE / "sasrec.py"
@@ -129,18 +129,21 @@ def obtain(cell: Cell, arguments: Arguments) -> str:
     if there is not None:
         path, results = there
         said = f"has ended ({path})"
-        if read_values(cell, arguments.out) is None:
-            judge(cell, Run(path), cell.values_file(arguments.out))
+        if read_values(cell, arguments.results) is None:
+            judge(cell, Run(path), cell.values_file(arguments.results))
         if find_results(cell, arguments.results) is None:
             # Under the study's name: a run that is used again may have another.
             target = folder / results_name(cell.config, cell.dataset)
             folder.mkdir(parents=True, exist_ok=True)
             write_json(target, results | {"experiment": cell.config.name})
         return said
-    if find_results(cell, arguments.results) is not None and not arguments.again:
-        return "has a results file and no run folder: not paired (--again trains it)"
+    if find_results(cell, arguments.results) is not None:
+        if read_values(cell, arguments.results) is not None:
+            return "has its results and values by user"
+        if not arguments.again:
+            return "has a results file alone: not paired (--again trains it)"
     run = jaxrec.fit(cell.config, cell.folder(arguments.out), results_folder=folder)
-    judge(cell, run, cell.values_file(arguments.out))
+    judge(cell, run, cell.values_file(arguments.results))
     return "trained"
 
 
@@ -151,7 +154,7 @@ def known(data: Data, arguments: Arguments, base: Experiment) -> list[Outcome]:
     for cell in (c for arm in ARMS.values() for c in _cells(base, data, [arm], seeds)):
         results = find_results(cell, arguments.results)
         if results is not None:
-            found.append(Outcome(cell, results, read_values(cell, arguments.out)))
+            found.append(Outcome(cell, results, read_values(cell, arguments.results)))
     return found
 
 

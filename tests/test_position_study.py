@@ -184,23 +184,29 @@ def test_runs_in_other_folders_are_used_again(
     assert mine == theirs
 
 
-def test_a_results_file_without_a_run_counts_but_is_not_paired(
+def test_a_results_file_alone_counts_but_is_not_paired(
     study: Arguments,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(jaxrec, "fit", never)
-    elsewhere = replace(study, out=tmp_path / "out", reuse=(), taps=False)
+    results = small_sets.copy_of(study.results, tmp_path / "results")
+    elsewhere = replace(study, out=tmp_path / "out", reuse=(), taps=False, results=results)
+    assert main(elsewhere) == 0
+    assert "seed 0: has its results and values by user" in capsys.readouterr().out
+    written = results / "positions" / "study-shop.json"
+    assert json.loads(written.read_text())["arms"][1]["paired"] is not None
+    (results / "positions" / "values" / "shop-kernel-seed0.npz").unlink()
     assert main(elsewhere) == 0
     assert "not paired (--again trains it)" in capsys.readouterr().out
-    written = study.results / "positions" / "study-shop.json"
     assert json.loads(written.read_text())["arms"][1]["paired"] is None
     with pytest.raises(AssertionError, match="trained"):
         main(replace(elsewhere, again=True))
     with pytest.raises(AssertionError, match="trained"):
-        main(replace(study, seeds=(1,)))
-    assert main(replace(study, only_report=True)) == 0
+        main(replace(elsewhere, seeds=(1,)))
+    # The run folder has what the values are made from.
+    assert main(replace(study, results=results)) == 0
     assert json.loads(written.read_text())["arms"][1]["paired"] is not None
 
 
@@ -272,14 +278,14 @@ def test_values_of_another_config_or_damaged_ones_are_none(study: Arguments) -> 
     base = load_config(study.config)
     data = Data(study.data[0], "shop", small_sets.shop().hash)
     (cell, _) = plan(study, base, [data])
-    assert read_values(cell, study.out) is not None
+    assert read_values(cell, study.results) is not None
     longer = replace(cell.config, training=replace(cell.config.training, epochs=2))
-    assert read_values(cell._replace(config=longer), study.out) is None
-    file = cell.values_file(study.out)
+    assert read_values(cell._replace(config=longer), study.results) is None
+    file = cell.values_file(study.results)
     whole = file.read_bytes()
     try:
         file.write_bytes(whole[:-40])
-        assert read_values(cell, study.out) is None
+        assert read_values(cell, study.results) is None
     finally:
         file.write_bytes(whole)
 

@@ -52,8 +52,11 @@ class Cell(NamedTuple):
         """The run folder under the study's."""
         return out / self.dataset / f"{self.arm.name}-seed{self.seed}"
 
-    def values_file(self, out: Path) -> Path:
-        return out / self.dataset / f"{self.arm.name}-seed{self.seed}.npz"
+    def values_file(self, results: Path) -> Path:
+        """Where its values by user are: with the results files, so that a study can go on, and be
+        compared in pairs, where its run folders are not."""
+        name = f"{self.dataset}-{self.arm.name}-seed{self.seed}.npz"
+        return results / "positions" / "values" / name
 
     def matches(self, config: dict[str, Any], data_hash: str) -> bool:
         """Whether a run of `config` (as JSON has it) on these data is this one."""
@@ -67,7 +70,7 @@ class Cell(NamedTuple):
 class Values(NamedTuple):
     """Test metrics of every list, and whose list it is."""
 
-    users: NDArray[np.int64]
+    users: NDArray[np.int32]
     by_metric: dict[str, NDArray[np.float64]]
 
 
@@ -134,15 +137,15 @@ def judge(cell: Cell, run: Run, path: Path) -> None:
         np.savez_compressed(
             file,
             key=np.array(_key(cell)),
-            users=np.asarray(evaluation.users, np.int64),
+            users=np.asarray(evaluation.users, np.int32),
             **{metric: evaluation.per_list[metric] for metric in BY_USER},
         )
 
 
-def read_values(cell: Cell, out: Path) -> Values | None:
+def read_values(cell: Cell, results: Path) -> Values | None:
     """The values by user; None where they are missing, damaged or of another config."""
     try:
-        with cell.values_file(out).open("rb") as opened:
+        with cell.values_file(results).open("rb") as opened:
             file = np.load(opened, allow_pickle=False)
             if str(file["key"]) != _key(cell):
                 return None
