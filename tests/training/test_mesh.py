@@ -7,6 +7,7 @@ import json
 from dataclasses import replace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from small_sets import ITEMS, small_config
@@ -90,15 +91,20 @@ def test_one_by_one_is_no_mesh():
 
 def test_rows_are_padded_on_the_mesh_and_cut_for_checkpoints():
     placement = Placement(make_mesh(2, 4), ("table",), ITEMS)
-    state = {"parameters": {"table": np.ones((ITEMS, 3)), "other": np.ones((ITEMS, 3))}}
-    put = placement.put(state)["parameters"]
-    assert put["table"].shape == (32, 3)
+    state = {"parameters": {"table": jnp.ones((ITEMS, 3)), "other": jnp.ones((ITEMS, 3))}}
+    held = placement.held(state)
+    assert held == placement.held(held)
+    padded = jax.jit(placement.pad, out_shardings=jax.tree.map(lambda x: x.sharding, held))(state)
+    put = padded["parameters"]
+    assert put["table"].shape == held["parameters"]["table"].shape == (32, 3)
     assert not np.asarray(put["table"])[ITEMS:].any()
-    assert put["other"].shape == (ITEMS, 3)
+    assert put["other"].shape == held["parameters"]["other"].shape == (ITEMS, 3)
     assert {s.data.shape for s in put["table"].addressable_shards} == {(8, 3)}
-    taken = placement.take({"parameters": put})["parameters"]
+    taken = placement.take(padded)["parameters"]
     np.testing.assert_array_equal(taken["table"], state["parameters"]["table"])
-    stored = placement.stored({"parameters": put})["parameters"]
+    stored = placement.stored(padded)["parameters"]
     assert jax.tree.map(np.shape, taken) == {n: s.shape for n, s in stored.items()}
-    again = placement.put({"parameters": put})["parameters"]
-    assert again["table"] is put["table"]
+    # What need not be cut stays where it is.
+    assert taken["other"] is put["other"]
+    even = Placement(make_mesh(2, 4), ("table",), 32)
+    assert even.take(padded)["parameters"]["table"] is put["table"]
