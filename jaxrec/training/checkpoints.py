@@ -343,9 +343,9 @@ class Checkpoints:
 
         Args:
           which: as in `find`.
-          place: what there is by name (`shape`, `dtype`) -> shapes, with the shardings that they
-            are read into, each device its own rows; a table that is wanted longer ends in zeros.
-            Without it host arrays are read.
+          place: what there is by name (`shape`, `dtype`) -> shapes that are wanted. With a sharding
+            each device reads its own rows, and a table that is wanted longer ends in zeros; without
+            one, and without `place`, host arrays are read: such a run opens on the devices at hand.
 
         Raises:
           UserError: as `find`; it cannot be read; whatever `place` raises.
@@ -393,11 +393,8 @@ class Checkpoints:
     def _read_parameters(path: Path, place: Place | None) -> dict[str, Any]:
         with _tree_reader() as reader:
             stored = reader.metadata(path).item_metadata.tree["parameters"]
-            if place is None:
-                arguments = dict.fromkeys(stored, ocp.RestoreArgs(restore_type=np.ndarray))
-            else:
-                wanted = place(stored)
-                arguments = {name: _as_it_lies(x, stored[name]) for name, x in wanted.items()}
+            wanted = dict.fromkeys(stored) if place is None else place(stored)
+            arguments = {name: _as_it_lies(x, stored[name]) for name, x in wanted.items()}
             tree = reader.restore(
                 path,
                 args=ocp.args.PyTreeRestore(
@@ -434,8 +431,10 @@ def _tree_reader() -> ocp.Checkpointer:
     )
 
 
-def _as_it_lies(wanted: jax.ShapeDtypeStruct, stored: Any) -> ocp.ArrayRestoreArgs:
+def _as_it_lies(wanted: jax.ShapeDtypeStruct | None, stored: Any) -> ocp.RestoreArgs:
     """Each device reads its own part; zeros where `wanted` is longer than what is `stored`."""
+    if wanted is None or wanted.sharding is None:
+        return ocp.RestoreArgs(restore_type=np.ndarray)
     return ocp.ArrayRestoreArgs(
         sharding=wanted.sharding,
         global_shape=wanted.shape,

@@ -32,15 +32,11 @@ def state_shapes(
       placement: on several devices.
     """
     state = jax.eval_shape(partial(initial_state, optimizer=optimizer), parameters)
-    return on_devices(state, placement)
-
-
-def on_devices(shapes: Any, placement: Placement | None) -> Any:
-    """Shapes with their shardings on the mesh, or on the one device that JAX would take."""
     if placement is not None:
-        return placement.held(shapes)
+        held: TrainState = placement.held(state)
+        return held
     here = jnp.zeros(()).sharding
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), shapes)
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), state)
 
 
 def make_state(
