@@ -15,9 +15,13 @@ from small_sets import ITEMS, small_config
 import jaxrec
 from jaxrec.devices import Placement, make_mesh
 from jaxrec.errors import UserError
+from jaxrec.training.checkpoints import Checkpoints
 from jaxrec.training.config import MeshConfig
+from jaxrec.training.first_state import state_shapes
 from jaxrec.training.loop import train
+from jaxrec.training.optimizer import make_optimizer
 from jaxrec.training.run_folder import RunFolder
+from jaxrec.training.setup import make_placement, model_shapes
 
 
 def config(data=1, model=1, **changes):
@@ -76,6 +80,22 @@ def test_a_run_goes_on_upon_another_mesh(tmp_path, alone):
     for name, value in parameters(folder).items():
         np.testing.assert_allclose(value, exact[name], atol=2e-4, err_msg=name)
     assert curve(folder)[-1]["epoch"] == 2
+
+
+def test_a_table_of_other_items_is_not_filled_up_with_padding(alone):
+    """30 items and 31 are as long on eight devices; reading fills up with zeros."""
+    wanted = config(1, 8)
+    placement = make_placement(wanted, ITEMS + 1)
+    shapes = state_shapes(
+        model_shapes(wanted, ITEMS + 1)[0], make_optimizer(wanted.optimizer, 1), placement
+    )
+    assert shapes.parameters["item_embedding"].shape == (32, 8)
+    checkpoints = Checkpoints(RunFolder(alone).checkpoints, "ndcg@10", placement=placement)
+    told = []
+    with pytest.raises(UserError, match="none of the checkpoints"):
+        checkpoints.restore_latest(shapes, None, told.append)
+    checkpoints.close()
+    assert "item_embedding has shape (30, 8), wanted (31, 8)" in told[0]
 
 
 def test_too_few_devices_are_told(tmp_path):
