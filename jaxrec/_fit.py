@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 
 from jaxrec.errors import UserError
-from jaxrec.evaluation.report import as_json
-from jaxrec.processes import agreed
+from jaxrec.evaluation.report import Report, as_json
+from jaxrec.processes import agreed, first_says, stopping_together
 from jaxrec.serving.run import Run
 from jaxrec.training.config import Experiment, to_dict
 from jaxrec.training.loop import train
@@ -23,8 +23,9 @@ def fit(
 ) -> Run:
     """Trains an experiment and evaluates its best checkpoint on the test part.
 
-    In several processes it is called by all, as `training.loop.train` says; the first evaluates,
-    and the others wait.
+    The checkpoint is judged on the mesh that it was trained on, which its table may need. In
+    several processes `fit` is called by all, as `training.loop.train` says: all of them evaluate,
+    each with its devices, and the first writes the results.
 
     Args:
       config: the experiment, for instance `Experiment(data=DataConfig(name="shop"))`.
@@ -42,8 +43,12 @@ def fit(
     """
     agreed(lambda: _make(results_folder))
     folder = train(config, out, overwrite=overwrite, show_progress=show_progress)
-    run = Run(folder.path)
-    agreed(lambda: _judge(run, folder, results_folder))
+    with stopping_together():
+        run = Run(folder.path, mesh=config.mesh)
+        if first_says(lambda: not folder.results.is_file() or not _is_of(folder, run.config)):
+            report = run.evaluate("test")
+            agreed(lambda: _write(run, report))
+        agreed(lambda: _copy(run, results_folder))
     return run
 
 
@@ -56,31 +61,33 @@ def _make(results_folder: str | Path | None) -> None:
         raise UserError(f"{results_folder}: cannot be made ({error.strerror})") from None
 
 
-def _judge(run: Run, folder: RunFolder, results_folder: str | Path | None) -> None:
-    """Writes the results file, unless it is there as the config asks for it, and its copy."""
-    if not folder.results.is_file() or not _is_of(folder, run.config):
-        lines = folder.read_metrics()
-        points = [line for line in lines if "validation" in line]
-        report = run.evaluate("test")
-        validation: dict[str, float] = next(
-            (p["validation"] for p in points if p["step"] == run.step), {}
-        )
-        values = results(
-            run.config,
-            dataset=run.interactions.name,
-            data_hash=run.interactions.hash,
-            metrics={"test": as_json(report), "validation": validation},
-            step=run.step,
-            epochs=points[-1]["epoch"] if points else 0,
-            seconds=points[-1]["seconds"] if points else 0.0,
-        )
-        write_json(folder.results, values)
-    if results_folder is not None:
-        copy = Path(results_folder) / results_name(run.config, run.interactions.name)
-        try:
-            write_json(copy, read_json(folder.results))
-        except OSError as error:
-            raise UserError(f"{copy}: cannot be written ({error.strerror})") from None
+def _write(run: Run, report: Report) -> None:
+    """Writes the results file."""
+    points = [line for line in run.folder.read_metrics() if "validation" in line]
+    validation: dict[str, float] = next(
+        (p["validation"] for p in points if p["step"] == run.step), {}
+    )
+    values = results(
+        run.config,
+        dataset=run.interactions.name,
+        data_hash=run.interactions.hash,
+        metrics={"test": as_json(report), "validation": validation},
+        step=run.step,
+        epochs=points[-1]["epoch"] if points else 0,
+        seconds=points[-1]["seconds"] if points else 0.0,
+    )
+    write_json(run.folder.results, values)
+
+
+def _copy(run: Run, results_folder: str | Path | None) -> None:
+    """Copies the results file to where it is asked for."""
+    if results_folder is None:
+        return
+    copy = Path(results_folder) / results_name(run.config, run.interactions.name)
+    try:
+        write_json(copy, read_json(run.folder.results))
+    except OSError as error:
+        raise UserError(f"{copy}: cannot be written ({error.strerror})") from None
 
 
 def _is_of(folder: RunFolder, config: Experiment) -> bool:

@@ -14,6 +14,7 @@ from jax import Array
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxrec.errors import UserError
+from jaxrec.processes import to_host
 
 DATA, MODEL = "data", "model"
 EVERYWHERE = PartitionSpec()
@@ -73,8 +74,6 @@ class Placement:
         self.data, self.model = mesh.shape[DATA], mesh.shape[MODEL]
         # Every device along `model` has the same number of rows; those past the last are padding.
         self.rows = -(-num_items // self.model) * self.model
-        # Rows that the devices do not divide evenly can only lie on all of them.
-        self._cut_and_gather = jax.jit(self._cut, out_shardings=self.sharding(EVERYWHERE))
 
     def specs(self, tree: Any) -> Any:
         """The partition of every array of a train state or of parameters, by its name."""
@@ -87,46 +86,59 @@ class Placement:
     def sharding(self, spec: PartitionSpec) -> NamedSharding:
         return NamedSharding(self.mesh, spec)
 
-    def put(self, tree: Any) -> Any:
-        """A train state on the mesh, its item tables padded to a multiple of `model` rows."""
-        specs, padding = self.specs(tree), self.rows - self.num_items
+    def held(self, tree: Any) -> Any:
+        """Shapes and shardings on the mesh: item tables padded to a multiple of `model` rows.
 
-        def one(spec: PartitionSpec, array: Any) -> Array:
-            target = self.sharding(spec)
-            short = spec == BY_ITEM and array.shape[0] == self.num_items
-            if isinstance(array, Array) and array.sharding == target and not (short and padding):
-                return array
-            whole = np.asarray(array)
-            if short and padding:
-                whole = np.pad(whole, [(0, padding)] + [(0, 0)] * (whole.ndim - 1))
-            return jax.make_array_from_callback(whole.shape, target, lambda part: whole[part])
+        Args:
+          tree: arrays or shapes of a train state or of parameters, as one device has them.
+        """
 
-        return jax.tree.map(one, specs, tree)
+        def one(spec: PartitionSpec, x: Any) -> jax.ShapeDtypeStruct:
+            rows = (self.rows,) if self._is_table(spec, x) else x.shape[:1]
+            shape = (*rows, *x.shape[1:])
+            return jax.ShapeDtypeStruct(shape, x.dtype, sharding=self.sharding(spec))
 
-    def take(self, tree: Any) -> Any:
-        """The inverse of `put` as far as shapes go: what a checkpoint holds on any mesh."""
-        if self.rows == self.num_items:
-            return tree
-        return self._cut_and_gather(tree)
+        return jax.tree.map(one, self.specs(tree), tree)
 
-    def _cut(self, tree: Any) -> Any:
+    def pad(self, tree: Any) -> Any:
+        """Under jit: the values of `held`, from those that one device has; the padding is zero."""
+
         def one(spec: PartitionSpec, x: Array) -> Array:
-            # A copy, since the state is given away to the next step.
-            return x[: self.num_items] if spec == BY_ITEM else jnp.copy(x)
+            if not self._is_table(spec, x):
+                return x
+            # Said here too, so that what is padded is split already.
+            x = jax.lax.with_sharding_constraint(x, self.sharding(spec))
+            return jnp.pad(x, [(0, self.rows - self.num_items)] + [(0, 0)] * (x.ndim - 1))
 
         return jax.tree.map(one, self.specs(tree), tree)
 
     def stored(self, tree: Any) -> Any:
-        """Shapes and shardings of what `take` gives, and `put` takes back."""
-        divides = self.rows == self.num_items
+        """Shapes without the padding: those of `take`, and of a checkpoint on any mesh."""
 
-        def one(spec: PartitionSpec, x: Array) -> jax.ShapeDtypeStruct:
-            by_item = spec == BY_ITEM
-            shape = (self.num_items, *x.shape[1:]) if by_item else x.shape
-            sharding = self.sharding(spec if divides or not by_item else EVERYWHERE)
-            return jax.ShapeDtypeStruct(shape, x.dtype, sharding=sharding)
+        def one(spec: PartitionSpec, x: Any) -> jax.ShapeDtypeStruct:
+            rows = (self.num_items,) if self._is_padded(spec, x) else x.shape[:1]
+            return jax.ShapeDtypeStruct((*rows, *x.shape[1:]), x.dtype)
 
         return jax.tree.map(one, self.specs(tree), tree)
+
+    def take(self, tree: Any) -> Any:
+        """What a checkpoint holds: `held` without the padding.
+
+        Rows that the devices do not divide evenly cannot lie split on them. So a padded table goes
+        to the host, in every process, as a NumPy array of all its rows; anything else stays where
+        it is. Called by all processes.
+        """
+
+        def one(spec: PartitionSpec, x: Array) -> Any:
+            return to_host(x)[: self.num_items] if self._is_padded(spec, x) else x
+
+        return jax.tree.map(one, self.specs(tree), tree)
+
+    def _is_table(self, spec: PartitionSpec, x: Any) -> bool:
+        return spec == BY_ITEM and x.shape[:1] == (self.num_items,)
+
+    def _is_padded(self, spec: PartitionSpec, x: Any) -> bool:
+        return spec == BY_ITEM and x.shape[:1] == (self.rows,) and self.rows > self.num_items
 
     def batch(self, arrays: dict[str, Any]) -> dict[str, Array]:
         """A batch on the mesh; the first axis of every array is split over `data`."""

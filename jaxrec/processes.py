@@ -10,8 +10,9 @@ import json
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import lru_cache
 from typing import Any, TypeVar, cast
 
 import jax
@@ -19,6 +20,7 @@ import numpy as np
 from jax import Array
 from jax._src import distributed
 from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding, PartitionSpec
 from numpy.typing import NDArray
 
 from jaxrec.errors import UserError
@@ -27,6 +29,9 @@ from jaxrec.errors import UserError
 # cause, which it then tells itself.
 _LOOK_SECONDS = 1.0
 _GRACE_SECONDS = 5.0
+
+# Of an array that goes from the devices of several processes to the host.
+_BLOCK_BYTES = 1 << 26
 
 # No JSON.
 _STOPPED = "stopped"
@@ -124,10 +129,52 @@ def highest(number: int) -> int:
 
 
 def to_host(array: Array) -> NDArray[Any]:
-    """All of an array, in every process."""
+    """All of an array, in every process; no device is given more than it has, and a block.
+
+    Each process reads its own devices where they have the whole. Where they do not, what the others
+    have comes in blocks, each of them on all devices for a moment.
+    """
     if array.is_fully_addressable or array.is_fully_replicated:
         return np.asarray(array)
-    return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+    whole = np.empty(array.shape, array.dtype)
+    if _everywhere_whole(array):
+        for shard in array.addressable_shards:
+            whole[shard.index] = np.asarray(shard.data)
+        return whole
+    # Of every part the same rows together: cut across parts, an array would be gathered first.
+    assert isinstance(array.sharding, NamedSharding)
+    rows = array.sharding.shard_shape(array.shape)[0]
+    parts = whole.reshape(-1, rows, *array.shape[1:])
+    size = max(1, min(rows, _BLOCK_BYTES * rows // max(1, whole.nbytes)))
+    for start in range(0, rows, size):
+        start = min(start, rows - size)
+        block = _rows_of_parts(array.sharding, size)(array, np.int32(start))
+        found = np.asarray(multihost_utils.process_allgather(block, tiled=True))
+        parts[:, start : start + size] = found.reshape(len(parts), size, *array.shape[1:])
+    return whole
+
+
+def _everywhere_whole(array: Array) -> bool:
+    """Whether the devices of each process have all of an array, as every process knows it."""
+    places: dict[int, set[Any]] = {}
+    indices: Mapping[Any, Any] = array.sharding.devices_indices_map(array.shape)
+    for device, index in indices.items():
+        place = tuple(part.indices(size) for part, size in zip(index, array.shape, strict=True))
+        places.setdefault(device.process_index, set()).add(place)
+    return all(own == set().union(*places.values()) for own in places.values())
+
+
+@lru_cache(maxsize=8)
+def _rows_of_parts(sharding: NamedSharding, size: int) -> Callable[..., Array]:
+    """(array, start) -> `size` rows from `start` on of every device's part of the first axis."""
+    assert not any(sharding.spec[1:])
+
+    def cut(part: Array, start: Array) -> Array:
+        return jax.lax.dynamic_slice_in_dim(part, start, size)
+
+    specs = (sharding.spec, PartitionSpec())
+    whole = jax.shard_map(cut, mesh=sharding.mesh, in_specs=specs, out_specs=sharding.spec)
+    return jax.jit(whole)
 
 
 @contextmanager

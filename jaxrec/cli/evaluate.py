@@ -1,7 +1,7 @@
 """`jaxrec evaluate`."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -10,6 +10,7 @@ import tyro
 from jaxrec.cli.arguments import parse
 from jaxrec.cli.output import console, print_json
 from jaxrec.errors import UserError
+from jaxrec.training.config import MeshConfig
 
 if TYPE_CHECKING:
     from jaxrec.evaluation.report import Report
@@ -34,6 +35,8 @@ class Arguments:
     """Cut-offs; by default the run's own, and 10 of ranked lists."""
     checkpoint: str = _CHECKPOINT
     """best, last, or a step."""
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    """The devices that the run is spread over, whatever it was trained on."""
     baselines: tuple[Literal["popularity", "most_recent", "item_knn"], ...] = (
         "popularity",
         "most_recent",
@@ -61,6 +64,11 @@ def main(words: Sequence[str]) -> int:
         raise UserError(
             "evaluate: --checkpoint is of a run's own lists; leave it out with --ranked"
         )
+    if arguments.ranked is not None and arguments.mesh != MeshConfig():
+        raise UserError(
+            "evaluate: --mesh.data and --mesh.model spread a run's own parameters over devices; "
+            "leave them out with --ranked"
+        )
     report = _ranked(arguments) if arguments.ranked is not None else _run(arguments)
 
     from jaxrec.evaluation.report import as_json, print_report
@@ -76,7 +84,7 @@ def _run(arguments: Arguments) -> "Report":
     from jaxrec.serving.run import load
 
     assert arguments.run is not None
-    run = load(arguments.run, checkpoint=arguments.checkpoint)
+    run = load(arguments.run, checkpoint=arguments.checkpoint, mesh=arguments.mesh)
     return run.evaluate(arguments.part, ks=arguments.ks or None, baselines=arguments.baselines)
 
 

@@ -1,7 +1,7 @@
 """`jaxrec recommend`."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,6 +10,7 @@ import tyro
 from jaxrec.cli.arguments import parse
 from jaxrec.cli.output import console, print_json, tell
 from jaxrec.errors import UserError
+from jaxrec.training.config import MeshConfig
 
 if TYPE_CHECKING:
     from jaxrec.serving.run import Recommendation, Run
@@ -43,6 +44,8 @@ class Arguments:
     """Items of the user's own history may be recommended again."""
     checkpoint: str = "best"
     """best, last, or a step."""
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    """The devices that the run is spread over, whatever it was trained on."""
     json: bool = False
     """The last line of output is one JSON object."""
 
@@ -61,7 +64,7 @@ def main(words: Sequence[str]) -> int:
 
     from jaxrec.serving.run import load
 
-    run = load(arguments.run, checkpoint=arguments.checkpoint)
+    run = load(arguments.run, checkpoint=arguments.checkpoint, mesh=arguments.mesh)
     return _everyone(run, arguments) if arguments.all else _one(run, arguments)
 
 

@@ -1,7 +1,7 @@
 """`jaxrec similar`."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
@@ -10,6 +10,7 @@ import tyro
 from jaxrec.cli.arguments import parse
 from jaxrec.cli.output import print_json
 from jaxrec.cli.recommend import print_list
+from jaxrec.training.config import MeshConfig
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,8 @@ class Arguments:
     """How many items."""
     checkpoint: str = "best"
     """best, last, or a step."""
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    """The devices that the run is spread over, whatever it was trained on."""
     json: bool = False
     """The last line of output is one JSON object."""
 
@@ -33,7 +36,7 @@ def main(words: Sequence[str]) -> int:
 
     from jaxrec.serving.run import load
 
-    run = load(arguments.run, checkpoint=arguments.checkpoint)
+    run = load(arguments.run, checkpoint=arguments.checkpoint, mesh=arguments.mesh)
     found = run.similar_items(arguments.item, arguments.k)
     if arguments.json:
         print_json({"item": arguments.item, "items": [r._asdict() for r in found]})

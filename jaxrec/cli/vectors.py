@@ -1,13 +1,14 @@
 """`jaxrec vectors`."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import tyro
 
 from jaxrec.cli.arguments import parse
 from jaxrec.cli.output import console, print_json
+from jaxrec.training.config import MeshConfig
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,8 @@ class Arguments:
     """A .npy file (rows by item index) or a .parquet file (with ids and titles)."""
     checkpoint: str = "best"
     """best, last, or a step."""
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    """The devices that the run is spread over, whatever it was trained on."""
     json: bool = False
     """The last line of output is one JSON object."""
 
@@ -29,7 +32,7 @@ def main(words: Sequence[str]) -> int:
 
     from jaxrec.serving.run import load
 
-    run = load(arguments.run, checkpoint=arguments.checkpoint)
+    run = load(arguments.run, checkpoint=arguments.checkpoint, mesh=arguments.mesh)
     path = run.export_item_vectors(arguments.out)
     items, width = run.item_vectors().shape
     if arguments.json:

@@ -18,8 +18,17 @@ from jaxrec.registry import resolve
 Parameters = dict[str, Array]
 
 
-def build_model(config: ModelConfig, *, num_items: int, max_length: int, seed: int) -> nnx.Module:
-    """A freshly initialised model."""
+def build_model(
+    config: ModelConfig, *, num_items: int, max_length: int, seed: int | Array
+) -> nnx.Module:
+    """A freshly initialised model.
+
+    Args:
+      config: names and numbers.
+      num_items: items of the catalogue.
+      max_length: longest sequence.
+      seed: of the parameters; or the key `jax.random.key(seed)`, which may be traced.
+    """
     model_class = resolve("model", config.type)
     model: nnx.Module = model_class(
         config, num_items=num_items, max_length=max_length, rngs=nnx.Rngs(seed)

@@ -28,7 +28,9 @@ def initial(
     if uniform:
         bound = scale * 3**0.5
         return nnx.Param(jax.random.uniform(rngs.params(), shape, minval=-bound, maxval=bound))
-    return nnx.Param(scale * jax.random.normal(rngs.params(), shape))
+    # Under jit the compiler would make one factor of this one and of the last one in `normal`: a
+    # table that is made on a mesh would differ in its last bits from one that is made outside.
+    return nnx.Param(scale * jax.lax.optimization_barrier(jax.random.normal(rngs.params(), shape)))
 
 
 class Linear(nnx.Module):

@@ -107,10 +107,7 @@ def _serialized(run: "Run", platform: str, k: int, batch_size: int | None) -> by
         jax.ShapeDtypeStruct([sizes.get(size, size) for size in one["shape"]], one["dtype"])
         for one in _inputs(run, "batch", "seen")
     ]
-    parameters = {
-        name: jax.ShapeDtypeStruct(value.shape, value.dtype)
-        for name, value in run.parameters.items()
-    }
+    parameters = run.parameter_shapes()
     function = jax.jit(_function(run, k, by_row=batch_size is None))
     try:
         exported = jax.export.export(function, platforms=[platform])(parameters, *inputs)
@@ -197,9 +194,9 @@ def _write_files(
     for platform, content in functions.items():
         names.append(function_name(platform))
         (folder / names[-1]).write_bytes(content)
-    for name, value in run.parameters.items():
+    for name in run.parameters:
         names.append(parameter_name(name))
-        array = np.asarray(value)
+        array = run.host_parameter(name)
         # NumPy's files do not know bfloat16; the manifest says what the bits are.
         raw = array.view(f"uint{8 * array.itemsize}") if array.dtype.kind == "V" else array
         np.save(folder / names[-1], raw, allow_pickle=False)
@@ -217,7 +214,7 @@ def _write_files(
         filter_seen=run.config.evaluation.filter_seen,
         parameters={
             name: {"shape": list(value.shape), "dtype": value.dtype.name}
-            for name, value in run.parameters.items()
+            for name, value in run.parameter_shapes().items()
         },
         inputs=_inputs(run, batch, "seen"),
         outputs=[

@@ -1,6 +1,7 @@
 """A trained run, ready for use: recommend, evaluate, find similar items, export vectors."""
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +16,7 @@ from jaxrec._files import replacing
 from jaxrec.data._ids import Id, IdIndex
 from jaxrec.data.prepared import Interactions
 from jaxrec.data.splits import Split
+from jaxrec.devices import Placement
 from jaxrec.errors import UserError
 from jaxrec.evaluation._questions import targets_of
 from jaxrec.evaluation.baselines import DEFAULT_BASELINES, evaluate_baselines
@@ -22,14 +24,16 @@ from jaxrec.evaluation.evaluator import Evaluator
 from jaxrec.evaluation.ranker import Contexts, Ranker
 from jaxrec.evaluation.report import Report, compare
 from jaxrec.evaluation.results import describe_protocol, evaluate_lists
+from jaxrec.processes import first_says, to_host
 from jaxrec.serving._answers import Recommendation, checked_history, checked_times
 from jaxrec.serving.artifact import PLATFORMS
 from jaxrec.training.checkpoints import Checkpoints
-from jaxrec.training.config import Experiment
+from jaxrec.training.config import Experiment, MeshConfig, check
 from jaxrec.training.run_folder import RunFolder
 from jaxrec.training.setup import (
     count_from_newest,
-    make_model,
+    make_placement,
+    model_shapes,
     open_trained_on,
     split_data,
     timestamps,
@@ -54,23 +58,38 @@ class Run:
       folder: where it lives.
       config: the experiment it was trained with.
       step: optimiser steps behind the parameters.
-      parameters: by dotted name.
+      parameters: by dotted name; on a mesh its item tables are split, and padded with zeros to a
+        multiple of `mesh.model` rows.
       bind: parameters -> model.
     """
 
-    def __init__(self, path: str | Path, *, checkpoint: str = "best") -> None:
+    def __init__(
+        self, path: str | Path, *, checkpoint: str = "best", mesh: MeshConfig | None = None
+    ) -> None:
         self.folder = RunFolder(path)
         self.config: Experiment = self.folder.read_config()
         data = self.folder.read_data()
+        shapes, self.bind = model_shapes(self.config, data["items"])
+        self._placement: Placement | None = None
+        if mesh is not None:
+            asked = check(replace(self.config, mesh=mesh))
+            self._placement = make_placement(asked, data["items"])
+
+        def place(stored: dict[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
+            _check_shapes(self.folder, shapes, stored)
+            return shapes if self._placement is None else self._placement.held(shapes)
+
         checkpoints = Checkpoints(self.folder.checkpoints, self.config.training.metric)
         try:
-            self.step, stored = checkpoints.read_parameters(checkpoint)
+            if self._placement is not None:
+                # Its parts are of one checkpoint, whatever a process sees of a shared disk.
+                checkpoint = first_says(lambda: str(checkpoints.find(checkpoint)))
+            self.step, read = checkpoints.read_parameters(checkpoint, place)
         finally:
             checkpoints.close()
-        fresh, self.bind = make_model(self.config, data["items"])
-        _check_shapes(self.folder, fresh, stored)
-        self.parameters = {name: jax.numpy.asarray(stored[name]) for name in fresh}
-        self._ranker = Ranker(self.bind)
+        self.parameters = {name: jax.numpy.asarray(read[name]) for name in shapes}
+        self._ranker = Ranker(self.bind, self._placement)
+        self._shards = 1 if self._placement is None else self._placement.data
         self._data = data
         self._reports: dict[tuple[str, tuple[int, ...], tuple[str, ...]], Report] = {}
 
@@ -272,6 +291,7 @@ class Run:
             max_length=config.data.max_length,
             packed=config.data.packed,
             count_from_newest=count_from_newest(config),
+            shards=self._shards,
             timestamps=timestamps(config, self.interactions),
         )
         return evaluator.lists(self.parameters)
@@ -330,8 +350,24 @@ class Run:
         return [self._recommendation(int(i), float(similarity[i])) for i in order]
 
     def item_vectors(self) -> NDArray[np.float32]:
-        """float32[items, width]: the table that user states are scored against, by index."""
-        return np.asarray(self.bind(self.parameters).item_table(), np.float32)
+        """float32[items, width]: the table that user states are scored against, by index.
+
+        On the host, which holds all of it; no device does that has not.
+        """
+        table = to_host(self.bind(self.parameters).item_table())
+        return np.asarray(table[: self.num_items], np.float32)
+
+    def parameter_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shapes and types of the parameters by name, on any mesh those of one device."""
+        shapes = {n: jax.ShapeDtypeStruct(x.shape, x.dtype) for n, x in self.parameters.items()}
+        placement = self._placement
+        return shapes if placement is None else dict(placement.stored(shapes))
+
+    def host_parameter(self, name: str) -> NDArray[Any]:
+        """A parameter by name, on any mesh that of one device."""
+        rows = self.parameter_shapes()[name].shape[:1]
+        whole = to_host(self.parameters[name])
+        return whole[: rows[0]] if rows else whole
 
     def export_item_vectors(self, path: str | Path) -> Path:
         """Writes the item vectors: `.npy` (rows by index) or `.parquet` (with ids and titles).
@@ -396,6 +432,7 @@ class Run:
             max_length=self.config.data.max_length,
             packed=self.config.data.packed,
             count_from_newest=count_from_newest(self.config),
+            shards=self._shards,
             timestamps=seconds,
         )
 
@@ -424,26 +461,30 @@ class Run:
         return Recommendation(self._items.id(index), title, score)
 
 
-def load(path: str | Path, *, checkpoint: str = "best") -> Run:
+def load(path: str | Path, *, checkpoint: str = "best", mesh: MeshConfig | None = None) -> Run:
     """Opens a run folder.
 
     Args:
       path: the folder that `jaxrec train --out` or `jaxrec.fit` wrote.
       checkpoint: "best" by validation, "last", or a step's number.
+      mesh: the devices that it is spread over, `MeshConfig(data=2, model=4)`, whatever it was
+        trained on; one device by default. Each reads its own rows of the item table. Where there
+        are several processes, all of them open the run, and call what ranks or gives vectors.
 
     Raises:
-      UserError: not a run folder, no checkpoint, or one that does not fit the config.
+      UserError: not a run folder, no checkpoint, or one that does not fit the config; there are
+        not as many devices.
     """
-    return Run(path, checkpoint=checkpoint)
+    return Run(path, checkpoint=checkpoint, mesh=mesh)
 
 
-def _check_shapes(folder: RunFolder, fresh: dict[str, Any], stored: dict[str, Any]) -> None:
-    missing = sorted(set(fresh) - set(stored))
-    unknown = sorted(set(stored) - set(fresh))
+def _check_shapes(folder: RunFolder, wanted: dict[str, Any], stored: dict[str, Any]) -> None:
+    missing = sorted(set(wanted) - set(stored))
+    unknown = sorted(set(stored) - set(wanted))
     if missing or unknown:
         what = f"lacks {missing[0]}" if missing else f"has an unknown {unknown[0]}"
         raise UserError(f"{folder.checkpoints}: a checkpoint of another model: it {what}")
-    for name, value in fresh.items():
+    for name, value in wanted.items():
         if tuple(stored[name].shape) != tuple(value.shape):
             raise UserError(
                 f"{folder.checkpoints}: a checkpoint of another model: {name} has shape "

@@ -35,11 +35,17 @@ from jaxrec.training.checksums import Damaged, check_checksums, has_checksums, w
 
 _KEPT_LATEST = 2
 _SETTLE_SECONDS = 0.2
+# Of an array as it lies on disk; a piece is read as a whole.
+_CHUNK_BYTES = 1 << 26
 _UNFINISHED = ocp.path.atomicity.TMP_DIR_SUFFIX
 # Beside the loop's own values: without it a checkpoint is of a version that wrote no checksums.
 _MARK = "checksums"
 # The position of the data iterator as Orbax's JSON, and as Grain wrote it in earlier versions.
 _POSITION_FILES = ("metadata", "process_0-of-1.json")
+
+
+# See `Checkpoints.read_parameters`.
+Place = Callable[[dict[str, Any]], dict[str, jax.ShapeDtypeStruct]]
 
 
 class LoopState(NamedTuple):
@@ -131,10 +137,11 @@ class Checkpoints:
             if self._placement is not None:
                 state = self._placement.take(state)
             self._saving = step
+            save_args = jax.tree.map(_in_pieces, state)
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
-                    state=ocp.args.StandardSave(state),
+                    state=ocp.args.StandardSave(state, save_args=save_args),
                     # Not Grain's own handler, which writes a file a process: all read the same.
                     data=ocp.args.JsonSave(deepcopy(iterator.get_state())),
                     loop=ocp.args.JsonSave(loop._asdict() | {_MARK: True}),
@@ -199,7 +206,8 @@ class Checkpoints:
         taken for the best, or be found damaged only when training has ended.
 
         Args:
-          state: a state of the same structure, for shapes and placement.
+          state: a state of the same structure, or its shapes and shardings: nothing else of it is
+            read, and it need not be beside the one that is restored.
           iterator: the training iterator.
           warn: told about each checkpoint that was passed over.
 
@@ -260,22 +268,34 @@ class Checkpoints:
         return restored, None
 
     def _restore(self, step: int, state: Any, iterator: Any) -> Restored:
-        placement = self._placement
-        if placement is None:
-            abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
+        wanted = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
+        if self._placement is None:
+            stored = wanted
         else:
-            abstract = placement.stored(state)
+            stored = self._placement.stored(wanted)
+            self._check_stored(step, stored)
         with _quiet_when_it_fails():
             restored = self._reader.restore(
                 self.folder / str(step),
                 args=ocp.args.Composite(
-                    state=ocp.args.StandardRestore(abstract), loop=ocp.args.JsonRestore()
+                    state=ocp.args.PyTreeRestore(
+                        item=wanted, restore_args=jax.tree.map(_as_it_lies, wanted, stored)
+                    ),
+                    loop=ocp.args.JsonRestore(),
                 ),
             )
-        state = restored["state"] if placement is None else placement.put(restored["state"])
         iterator.set_state(self._position(step))
         loop = {name: value for name, value in restored["loop"].items() if name != _MARK}
-        return Restored(step, state, LoopState(**loop))
+        return Restored(step, restored["state"], LoopState(**loop))
+
+    def _check_stored(self, step: int, state: Any) -> None:
+        """Raises unless the item tables are as long as `state` has them: reading pads or cuts."""
+        with _tree_reader() as reader:
+            metadata = reader.metadata(self.folder / str(step) / "state").item_metadata
+        for name, wanted in state.parameters.items():
+            shape = tuple(metadata.tree["parameters"][name].shape)
+            if shape != wanted.shape:
+                raise ValueError(f"{name} has shape {shape}, wanted {wanted.shape}")
 
     def _position(self, step: int) -> Any:
         folder = self.folder / str(step) / "data"
@@ -296,36 +316,51 @@ class Checkpoints:
             if one > step or one in self._damaged:
                 _delete(self.folder / str(one))
 
-    def read_parameters(self, which: str) -> tuple[int, dict[str, Any]]:
-        """The parameters alone, as host arrays.
+    def find(self, which: str) -> int:
+        """The step of a checkpoint.
 
         Args:
           which: "best" (the latest where nothing was validated), "last", or a step's number.
 
         Raises:
-          UserError: there is no such checkpoint, or it cannot be read.
+          UserError: there is no such checkpoint, or the best cannot be told.
         """
         steps = self.steps()
         if not steps:
             raise UserError(f"{self.folder}: no checkpoint there yet; train first")
         if which == "last":
-            step = steps[-1]
-        elif which == "best":
-            step = self._best_step(steps)
-        elif which.isdigit() and int(which) in steps:
-            step = int(which)
-        else:
-            raise UserError(
-                f"{self.folder}: no checkpoint {which!r}; there are best, last and steps {steps}"
-            )
+            return steps[-1]
+        if which == "best":
+            return self._best_step(steps)
+        if which.isdigit() and int(which) in steps:
+            return int(which)
+        raise UserError(
+            f"{self.folder}: no checkpoint {which!r}; there are best, last and steps {steps}"
+        )
+
+    def read_parameters(self, which: str, place: Place | None = None) -> tuple[int, dict[str, Any]]:
+        """The step and the parameters alone, without the optimiser's state, twice as large.
+
+        Args:
+          which: as in `find`.
+          place: what there is by name (`shape`, `dtype`) -> shapes that are wanted. With a sharding
+            each device reads its own rows, and a table that is wanted longer ends in zeros; without
+            one, and without `place`, host arrays are read: such a run opens on the devices at hand.
+
+        Raises:
+          UserError: as `find`; it cannot be read; whatever `place` raises.
+        """
+        step = self.find(which)
         try:
             self._check(step)
             with _quiet_when_it_fails():
-                return step, self._read_parameters(self.folder / str(step) / "state")
+                return step, self._read_parameters(self.folder / str(step) / "state", place)
+        except UserError:
+            raise
         except Exception as error:
             raise UserError(
                 f"{self.folder / str(step)}: cannot be read ({_why(error)}); the "
-                f"checkpoint is damaged; others: {[s for s in steps if s != step]}"
+                f"checkpoint is damaged; others: {[s for s in self.steps() if s != step]}"
             ) from error
 
     def _best_step(self, steps: list[int]) -> int:
@@ -355,20 +390,17 @@ class Checkpoints:
         return value
 
     @staticmethod
-    def _read_parameters(path: Path) -> dict[str, Any]:
-        # As NumPy arrays, so that a run trained elsewhere opens on the devices at hand; and
-        # without the optimiser's state, which is twice as large.
-        handler = ocp.PyTreeCheckpointHandler()
-        with ocp.Checkpointer(handler, multiprocessing_options=_each_by_itself()) as reader:
+    def _read_parameters(path: Path, place: Place | None) -> dict[str, Any]:
+        with _tree_reader() as reader:
             stored = reader.metadata(path).item_metadata.tree["parameters"]
-            wanted = {"parameters": dict.fromkeys(stored, 0)}
-            arguments = {
-                "parameters": dict.fromkeys(stored, ocp.RestoreArgs(restore_type=np.ndarray))
-            }
+            wanted = dict.fromkeys(stored) if place is None else place(stored)
+            arguments = {name: _as_it_lies(x, stored[name]) for name, x in wanted.items()}
             tree = reader.restore(
                 path,
                 args=ocp.args.PyTreeRestore(
-                    item=wanted, restore_args=arguments, partial_restore=True
+                    item={"parameters": dict.fromkeys(arguments, 0)},
+                    restore_args={"parameters": arguments},
+                    partial_restore=True,
                 ),
             )
         parameters: dict[str, Any] = tree["parameters"]
@@ -391,6 +423,30 @@ def _each_by_itself() -> ocp.options.MultiprocessingOptions:
     """Reading waits for nobody."""
     process = jax.process_index()
     return ocp.options.MultiprocessingOptions(primary_host=process, active_processes={process})
+
+
+def _tree_reader() -> ocp.Checkpointer:
+    return ocp.Checkpointer(
+        ocp.PyTreeCheckpointHandler(), multiprocessing_options=_each_by_itself()
+    )
+
+
+def _as_it_lies(wanted: jax.ShapeDtypeStruct | None, stored: Any) -> ocp.RestoreArgs:
+    """Each device reads its own part; zeros where `wanted` is longer than what is `stored`."""
+    if wanted is None or wanted.sharding is None:
+        return ocp.RestoreArgs(restore_type=np.ndarray)
+    return ocp.ArrayRestoreArgs(
+        sharding=wanted.sharding,
+        global_shape=wanted.shape,
+        dtype=wanted.dtype,
+        strict=wanted.shape == tuple(stored.shape),
+    )
+
+
+def _in_pieces(array: Any) -> ocp.SaveArgs:
+    """A host array would be one piece, which every device that wants a few rows reads whole."""
+    pieces = _CHUNK_BYTES if isinstance(array, np.ndarray) else None
+    return ocp.SaveArgs(chunk_byte_size=pieces)
 
 
 def _of_an_older_version(folder: Path) -> bool:

@@ -20,6 +20,7 @@ from jaxrec.processes import agreed, count, first, highest, in_turn, stopping_to
 from jaxrec.training.checkpoints import Checkpoints, LoopState
 from jaxrec.training.config import Experiment, TrainingConfig, check, refuse_unread
 from jaxrec.training.curves import Curves, Unwritten, summary_writer
+from jaxrec.training.first_state import make_state, state_shapes
 from jaxrec.training.interrupt import Interrupted, SignalFlag
 from jaxrec.training.optimizer import learning_rate, make_optimizer
 from jaxrec.training.progress import Reporter, reporter
@@ -28,22 +29,17 @@ from jaxrec.training.run_lock import alone_in
 from jaxrec.training.run_start import begin, check_free
 from jaxrec.training.setup import (
     count_from_newest,
+    initialiser,
     located,
     make_loss,
-    make_model,
     make_placement,
+    model_shapes,
     open_data,
     split_data,
     timestamps,
     training_batches,
 )
-from jaxrec.training.state import (
-    TrainState,
-    initial_state,
-    make_train_step,
-    parameter_names,
-    reset_sums,
-)
+from jaxrec.training.state import TrainState, make_train_step, parameter_names, reset_sums
 
 # Steps sent to the device before the oldest must have ended: keeps it busy, bounds the memory.
 _IN_FLIGHT = 2
@@ -98,11 +94,11 @@ def _train(
     batches = training_batches(config, interactions, split, shards=shards)
     agreed(lambda: check_free(folder, config, interactions, overwrite=overwrite))
 
-    parameters, bind = make_model(config, interactions.num_items)
+    parameters, bind = model_shapes(config, interactions.num_items)
     total_steps = len(batches)
     optimizer = make_optimizer(config.optimizer, total_steps)
+    shapes = state_shapes(parameters, optimizer, placement)
     step = make_train_step(bind, loss, optimizer, config.training.seed, placement)
-    state = initial_state(parameters, optimizer)
     iterator = training_iterator(batches, config.data.prefetch)
     validation = Evaluator(
         interactions,
@@ -132,9 +128,7 @@ def _train(
         report = stack.enter_context(reporter(show_progress if first() else False))
         signals = stack.enter_context(SignalFlag())
         loop = LoopState(0, None, 0, 0, 0.0, 0, False)
-        if placement is not None:
-            state = placement.put(state)
-        restored = checkpoints.restore_latest(state, iterator, report.line)
+        restored = checkpoints.restore_latest(shapes, iterator, report.line)
         if restored is not None:
             state, loop = restored.state, restored.loop
             checkpoints.forget_after(restored.step)
@@ -144,6 +138,8 @@ def _train(
                 agreed(lambda: folder.results.unlink(missing_ok=True))
                 report.line(f"continuing at step {restored.step}, epoch {loop.epoch + 1}")
         else:
+            initialise = initialiser(config, interactions.num_items)
+            state = make_state(initialise, config.training.seed, optimizer, shapes, placement)
             report.line(
                 f"{config.name} on {interactions.name}: {batches.sequences:,} sequences, "
                 f"{batches.events:,} events an epoch in {batches.batches_per_epoch:,} steps "

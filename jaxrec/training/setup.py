@@ -7,7 +7,9 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
+from flax import nnx
 from jax import Array
 from numpy.typing import NDArray
 
@@ -142,14 +144,29 @@ def make_placement(config: Experiment, num_items: int) -> Placement | None:
 def make_model(
     config: Experiment, num_items: int
 ) -> tuple[Parameters, Callable[[dict[str, Array]], Any]]:
-    """Initial parameters and the function that binds parameters to the model."""
-    model = build_model(
-        config.model,
-        num_items=num_items,
-        max_length=config.data.max_length,
-        seed=config.training.seed,
+    """Initial parameters, on one device, and the function that binds parameters to the model."""
+    return split_model(_build(config, num_items, config.training.seed))
+
+
+def model_shapes(
+    config: Experiment, num_items: int
+) -> tuple[dict[str, jax.ShapeDtypeStruct], Callable[[dict[str, Array]], Any]]:
+    """`make_model` with shapes in the place of parameters: nothing is computed, nothing held."""
+    model = nnx.eval_shape(lambda: _build(config, num_items, config.training.seed))
+    shapes: Any
+    shapes, bind = split_model(model)
+    return shapes, bind
+
+
+def initialiser(config: Experiment, num_items: int) -> Callable[[Array], Parameters]:
+    """Gives the initial parameters from `jax.random.key(config.training.seed)`; may be traced."""
+    return lambda key: split_model(_build(config, num_items, key))[0]
+
+
+def _build(config: Experiment, num_items: int, seed: int | Array) -> nnx.Module:
+    return build_model(
+        config.model, num_items=num_items, max_length=config.data.max_length, seed=seed
     )
-    return split_model(model)
 
 
 def make_loss(

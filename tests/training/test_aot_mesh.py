@@ -1,4 +1,4 @@
-"""The train step on a v5e 2x2 with ten million items: compiled, and what a chip must hold."""
+"""Training on a v5e 2x2 with ten million items: compiled, and what a chip must hold."""
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,9 @@ from jaxrec.devices import BY_SEQUENCE, EVERYWHERE, Placement
 from jaxrec.losses.catalogue import full_softmax
 from jaxrec.models.binding import build_model, split_model
 from jaxrec.models.config import SASRecConfig
+from jaxrec.registry import resolve
 from jaxrec.training.config import OptimizerConfig
+from jaxrec.training.first_state import _on_mesh, state_shapes
 from jaxrec.training.optimizer import make_optimizer
 from jaxrec.training.state import initial_state, make_train_step, sequence_loss
 
@@ -67,3 +69,22 @@ def test_ten_million_items_fit_on_four_chips():
     # The gradient and what the compiler pads to 128 lanes, never logits (82 GB on a chip).
     assert memory.temp_size_in_bytes < 10 * table
     assert "all-reduce" in program.as_text()
+
+
+def test_the_first_state_of_ten_million_items_is_made_in_parts():
+    """A chip makes its half of the table and of the two moments, and holds nothing beside."""
+    mesh = Mesh(np.array(devices("v5e")).reshape(2, 2), ("data", "model"))
+    config = SASRecConfig(width=WIDTH, blocks=1)
+
+    def initialise(key):
+        return split_model(build_model(config, num_items=ITEMS, max_length=LENGTH, seed=key))[0]
+
+    placement = Placement(mesh, resolve("model", config.type).by_item, ITEMS)
+    optimizer = make_optimizer(OptimizerConfig(), 100)
+    parameters = jax.eval_shape(initialise, jax.eval_shape(lambda: jax.random.key(0)))
+    shapes = state_shapes(parameters, optimizer, placement)
+    data = jax.ShapeDtypeStruct((2,), jnp.uint32, sharding=placement.sharding(EVERYWHERE))
+    program = _on_mesh(initialise, optimizer, shapes, placement).lower(data).compile()
+    memory, half = program.memory_analysis(), ITEMS * WIDTH * 4 / 2
+    assert 3 * half < memory.output_size_in_bytes < 3.1 * half
+    assert memory.temp_size_in_bytes < half / 10

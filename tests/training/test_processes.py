@@ -91,6 +91,53 @@ raise SystemExit(code)
 """
 
 
+# Each process has half of the item table, and of its padding.
+SPANNED = """
+import json, sys
+import jax
+import numpy as np
+
+jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
+here = sys.argv[3]
+
+import jaxrec
+from jaxrec import processes
+from jaxrec.devices import make_mesh
+from jaxrec.training.config import MeshConfig, load_config
+
+# Three rows of each part at a time; the last three overlap with those before.
+processes._BLOCK_BYTES = 400
+fetched = processes.multihost_utils.process_allgather
+sizes = []
+
+def watched(array, **options):
+    sizes.append(array.nbytes)
+    return fetched(array, **options)
+
+processes.multihost_utils.process_allgather = watched
+config = load_config(here + "/spanned.py")
+run = jaxrec.fit(config, here + "/run")
+table = run.parameters["item_embedding"]
+again = jaxrec.load(here + "/run", mesh=MeshConfig(1, 4))
+sizes.clear()
+vectors = again.item_vectors()
+print(
+    json.dumps(
+        {
+            "step": run.step,
+            "here": [list(s.data.shape) for s in table.addressable_shards],
+            "vectors": vectors.tolist(),
+            "sizes": sizes,
+            "ndcg": again.evaluate().model["ndcg@10"],
+            "items": [r.item_id for r in again.recommend(101, k=5)],
+            "cached": run.evaluate().model["ndcg@10"],
+        }
+    ),
+    flush=True,
+)
+"""
+
+
 def config(data=1, model=1, epochs=EPOCHS):
     found = small_config(
         model__dropout=0.0, training__epochs=epochs, training__log_every=2, data__prefetch=1
@@ -226,6 +273,35 @@ def test_two_processes_with_another_mesh_continue_and_failures_end_both(stopped,
     assert second[2:] == ["jaxrec: the disk of process 1 is gone"]
     # The first printed what training reports, the second nothing else.
     assert of_jaxrec(ends[1].errors) == second
+
+
+@pytest.mark.slow
+def test_a_table_that_spans_both_processes_is_trained_and_judged_by_both(stopped, alone, tmp_path):
+    """30 items over four devices: padded rows are saved from both, and restored into both."""
+    shutil.copytree(stopped[0], tmp_path / "run")
+    config_file(tmp_path / "spanned.py", config(1, 4))
+    (tmp_path / "program.py").write_text(SPANNED)
+
+    def words(number, coordinator):
+        return [str(tmp_path / "program.py"), coordinator, str(number), str(tmp_path)]
+
+    with pair(tmp_path / "printed", words) as both:
+        ends = both.wait()
+    assert [end.code for end in ends] == [0, 0], ends
+    assert_same_run(tmp_path / "run", alone)
+    printed = [json.loads(next(x for x in e.output.splitlines() if x[0] == "{")) for e in ends]
+    assert printed[0] == printed[1]
+    told = printed[0]
+    assert told["here"] == [[8, 8]] * 2
+    assert told["sizes"] == [4 * 3 * 8 * 4] * 3
+    # What one process reads, on one device.
+    run = jaxrec.load(tmp_path / "run")
+    assert told["step"] == run.step
+    np.testing.assert_array_equal(np.float32(told["vectors"]), run.item_vectors())
+    assert told["items"] == [r.item_id for r in run.recommend(101, k=5)]
+    wanted = RunFolder(tmp_path / "run").read_results()["metrics"]["test"]["ndcg@10"]
+    assert told["ndcg"] == told["cached"] == wanted
+    assert wanted == pytest.approx(run.evaluate().model["ndcg@10"], abs=0.03)
 
 
 def test_the_mesh_leaves_no_process_out(monkeypatch):
