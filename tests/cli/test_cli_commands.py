@@ -421,7 +421,7 @@ def test_version_and_nothing_at_all(capsys):
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"jaxrec {jaxrec.__version__}\n"
     assert main([]) == 2
-    assert "usage: jaxrec COMMAND" in capsys.readouterr().out
+    assert "usage: jaxrec [--import MODULE] COMMAND" in capsys.readouterr().out
 
 
 def test_the_command_is_there_and_starts_without_jax():
