@@ -175,7 +175,7 @@ def rows_of_program(batch: int, length: int) -> int:
 
 def rows_of_slab(rows: int, lanes: int, length: int) -> int:
     """Batch rows that are computed side by side in the lanes."""
-    if length > _PACKED_UP_TO:
+    if length > _PACKED_UP_TO or lanes > LANES:
         return 1
     return next(count for count in (8, 4, 2, 1) if count * lanes <= LANES and rows % count == 0)
 

@@ -34,6 +34,7 @@ def specs(rows, everywhere, batch, length, heads, width, dtype=jnp.bfloat16):
         ("v5e", (128, 200, 1, 64)),
         ("v6e", (32, 200, 4, 32)),
         ("v5e", (16, 1024, 4, 64)),
+        ("v5e", (16, 200, 1, 256)),
     ],
 )
 def test_named_shapes_compile(chip, shape):

@@ -43,6 +43,8 @@ GRID = [
     ((2, 300, 2, 64), "packed_holes", (TAPS, TAPS), {"band": 10}),
     ((2, 200, 1, 128), "interleaved", (TAPS, TAPS), {"rate": 0.3}),
     ((3, 50, 1, 50), "packed", (NONE, NONE), {"rate": 0.3}),
+    # Wider than the lanes.
+    ((2, 140, 1, 256), "packed", (TAPS, TAPS), {}),
 ]
 
 
