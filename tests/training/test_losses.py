@@ -21,14 +21,17 @@ from jaxrec.losses.catalogue import full_softmax
 from jaxrec.registry import names
 from jaxrec.training import loop as loop_module
 from jaxrec.training.config import LossConfig, MeshConfig, from_dict, load_config, to_dict
+from jaxrec.training.first_state import make_state, state_shapes
 from jaxrec.training.interrupt import Interrupted
 from jaxrec.training.loop import train
 from jaxrec.training.optimizer import make_optimizer
 from jaxrec.training.run_folder import RunFolder
 from jaxrec.training.setup import (
+    initialiser,
     make_loss,
     make_model,
     make_placement,
+    model_shapes,
     training_batches,
 )
 from jaxrec.training.state import initial_state, make_train_step, own_items, sequence_loss
@@ -367,11 +370,13 @@ def test_on_a_mesh_it_is_what_one_device_gives(mesh):
         placement = make_placement(config, ITEMS)
         shards = 1 if placement is None else placement.data
         batch = training_batches(config, shop(), leave_one_out(shop()), shards=shards)[0]
-        parameters, bind = make_model(config, ITEMS)
+        parameters, bind = model_shapes(config, ITEMS)
         optimizer = make_optimizer(replace(config.optimizer, learning_rate=0.1), 1)
-        state = initial_state(parameters, optimizer)
+        shapes = state_shapes(parameters, optimizer, placement)
+        seed = config.training.seed
+        state = make_state(initialiser(config, ITEMS), seed, optimizer, shapes, placement)
         if placement is not None:
-            state, batch = placement.put(state), placement.batch(batch)
+            batch = placement.batch(batch)
         step = make_train_step(bind, sequence_loss(fixed), optimizer, 0, placement)
         state, loss = step(state, batch)
         results.append((float(loss), float(state.gradient_norm_sum)))
