@@ -16,6 +16,7 @@ stay as they are.
 
 import json
 import sys
+from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -34,6 +35,7 @@ from benchmarks.tuning.measurers import Device, Measurer, MeasuringError, Schedu
 from benchmarks.tuning.search import Climb, Found, program_size
 from jaxrec._json_files import read_json, write_json
 from jaxrec.errors import UserError
+from jaxrec_kernels import tuning
 from jaxrec_kernels.tuning import table
 from jaxrec_kernels.tuning.lookup import Lookup
 
@@ -58,15 +60,19 @@ class Arguments:
     """The table to write, by default that of the chip in `jaxrec_kernels`."""
 
 
-def tune(case: Case, dtype: str, measurer: Measurer, most: int) -> list[dict[str, Any]]:
+def tune(
+    case: Case, dtype: str, measurer: Measurer, most: int, device_kind: str | None = None
+) -> list[dict[str, Any]]:
     """The entries of a table for the kernels of a case.
 
-    Kernels whose parts of a program are told apart are tried in the same ones.
+    Kernels whose parts of a program are told apart are tried in the same ones. The rules are those
+    for `device_kind`, by default for the TPU that the process runs on.
 
     Raises:
       MeasuringError: not even the program with the rules' blocks could be measured.
     """
-    known = {x.kernel: x for x in lookups(case, jnp.dtype(dtype))}
+    with tuning.compiling_for(device_kind) if device_kind else nullcontext():
+        known = {x.kernel: x for x in lookups(case, jnp.dtype(dtype))}
     climbs = {
         name: _climb(name, x, most, smaller=measurer.sees_starts) for name, x in known.items()
     }
@@ -205,10 +211,11 @@ def run(arguments: Arguments, measurer: Measurer, console: Console) -> int:
     """Tunes all cases; the table is written after each, for a run takes long."""
     path = arguments.json or FOLDER / f"tpu_{arguments.chip}.json"
     read_table(path, arguments.chip)
+    kind = CHIPS[arguments.chip].device_kinds[0] if arguments.clock == "schedule" else None
     failed, entries = False, []
     for case in cases(arguments.op, arguments.shape, ("forward+backward",)):
         try:
-            found = tune(case, arguments.dtype, measurer, arguments.most)
+            found = tune(case, arguments.dtype, measurer, arguments.most, kind)
         except MeasuringError as error:
             console.print(f"{case.op} {case.shape}: {error}")
             failed = True

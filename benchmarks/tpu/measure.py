@@ -38,7 +38,7 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
     f, specs = program(case, dtype, spec["implementation"])
     try:
         kind = chip_named(spec["chip"]).device_kinds[0]
-        with cut_as(case, dtype, spec.get("blocks")), tuning.compiling_for(kind):
+        with tuning.compiling_for(kind), cut_as(case, dtype, spec.get("blocks")):
             found = compile_and_measure(
                 f,
                 specs,

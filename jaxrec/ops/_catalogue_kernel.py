@@ -5,7 +5,7 @@ forward kernel gives it with the statistics, so that the backward kernel is left
 label's part and that of label smoothing have closed forms here as in `_catalogue_loss`.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -40,16 +40,21 @@ def look_up(hidden: Any, table: Any, bias: Any) -> Any:
     )
 
 
+class Kept(NamedTuple):
+    """What the gradient takes of the forward kernel besides the log-sum-exp, float32."""
+
+    target: jax.Array  # [P], the label's logit
+    expected: jax.Array  # [P, D], sum_v p_pv E_v over this shard
+
+
 def losses(
-    problem: Problem, smoothing: float, expected: bool
-) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-    """Losses and log-sum-exp [P]; and [P, D], sum_v p_pv E_v over this shard, where wanted."""
+    problem: Problem, smoothing: float, kept: bool
+) -> tuple[jax.Array, jax.Array, Kept | None]:
+    """Losses and log-sum-exp [P], and where wanted what the gradient takes besides."""
     # Pallas takes a while to import, and is needed where a kernel is traced.
     from jaxrec_kernels.linear_cross_entropy.tpu_forward import statistics
 
-    found = statistics(
-        problem.hidden, problem.table, problem.labels, problem.bias, weighted=expected
-    )
+    found = statistics(problem.hidden, problem.table, problem.labels, problem.bias, weighted=kept)
     stats = _catalogue_loss.Statistics(found.largest, found.total, found.target)
     if problem.shard is not None:
         stats = _catalogue_loss.combine_shards(stats, problem.shard.axis)
@@ -57,13 +62,14 @@ def losses(
     value = _catalogue_loss.losses(problem, lse, stats.target, smoothing)
     if found.weighted is None:
         return value, lse, None
-    return value, lse, found.weighted * jnp.exp(found.largest - lse)[:, None]
+    expected = found.weighted * jnp.exp(found.largest - lse)[:, None]
+    return value, lse, Kept(stats.target, expected)
 
 
 def gradients(
     problem: Problem,
     lse: jax.Array,
-    expected: jax.Array | None,
+    kept: Kept | None,
     g: jax.Array,
     smoothing: float,
     table_dtype: Any,
@@ -71,7 +77,7 @@ def gradients(
     """Cotangents as `_catalogue_loss.gradients`; `g` is zero where invalid."""
     from jaxrec_kernels.linear_cross_entropy.tpu_backward import table_gradient
 
-    assert expected is not None
+    assert kept is not None
     hidden, table, labels = problem.hidden, problem.table, problem.labels
     bad = problem.bad
     hit = 1 - smoothing
@@ -79,6 +85,7 @@ def gradients(
         hidden,
         table,
         labels,
+        kept.target,
         jnp.where(bad, _F32(jnp.nan), lse),
         g,
         problem.bias,
@@ -86,7 +93,7 @@ def gradients(
         dtype=_F32 if smoothing else table_dtype,
     )
     own = _rows_of(labels, table).astype(_F32)
-    d_row = jnp.where(bad[:, None], _F32(jnp.nan), expected) - _F32(hit) * own
+    d_row = jnp.where(bad[:, None], _F32(jnp.nan), kept.expected) - _F32(hit) * own
     d_table, d_bias = found.table, found.bias
     if smoothing:
         mean = _catalogue_loss.real_sum(problem, table) / problem.items

@@ -48,9 +48,8 @@ class _Residuals(NamedTuple):
 
     arguments: tuple[Any, ...]
     lse: jax.Array  # float32[P]
-    # float32[P, D], sum_v softmax_pv item_table_v, which only the kernel makes and reads; None
-    # without it.
-    expected: jax.Array | None
+    # Only the kernel makes and reads it; None without it.
+    kept: _catalogue_kernel.Kept | None
 
 
 # The mean, its gradients, and its gradient by the weights.
@@ -237,30 +236,34 @@ def _losses(options: _Options, *arguments: Any) -> jax.Array:
 
 
 def _forward(
-    options: _Options, expected: bool, arguments: tuple[Any, ...]
-) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-    """Losses, log-sum-exp and, where wanted, `expected` of the residuals."""
+    options: _Options, keep: bool, arguments: tuple[Any, ...]
+) -> tuple[jax.Array, jax.Array, _catalogue_kernel.Kept | None]:
+    """Losses, log-sum-exp and, where wanted, `kept` of the residuals."""
 
-    def compute(tiling: Tiling, *arguments: Any) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    def compute(
+        tiling: Tiling, *arguments: Any
+    ) -> tuple[jax.Array, jax.Array, _catalogue_kernel.Kept | None]:
         problem = _catalogue_loss.clean(*arguments, shard=options.shard)
         blocks = _two_pass_blocks(problem.hidden.shape[0], problem.table.shape[0], tiling)
         stats = _catalogue_loss.statistics(problem, blocks)
         lse = _catalogue_loss.log_sum_exp(stats)
         value = _catalogue_loss.losses(problem, lse, stats.target, options.smoothing)
         # Never read; there for the residuals to have one form on all platforms.
-        unused = jnp.zeros_like(problem.hidden, jnp.float32)
-        return value, lse, unused if expected and options.kernel else None
+        unused = _catalogue_kernel.Kept(stats.target, jnp.zeros_like(problem.hidden, jnp.float32))
+        return value, lse, unused if keep and options.kernel else None
 
-    def by_kernel(*arguments: Any) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    def by_kernel(
+        *arguments: Any,
+    ) -> tuple[jax.Array, jax.Array, _catalogue_kernel.Kept | None]:
         problem = _catalogue_loss.clean(*arguments, shard=options.shard)
-        return _catalogue_kernel.losses(problem, options.smoothing, expected)
+        return _catalogue_kernel.losses(problem, options.smoothing, keep)
 
     return _per_platform(options, compute, by_kernel, arguments)
 
 
 def _losses_forward(options: _Options, *arguments: Any) -> tuple[jax.Array, _Residuals]:
-    losses, lse, expected = _forward(options, True, arguments)
-    return losses, _Residuals(arguments, lse, expected)
+    losses, lse, kept = _forward(options, True, arguments)
+    return losses, _Residuals(arguments, lse, kept)
 
 
 def _losses_backward(options: _Options, residuals: _Residuals, g: jax.Array) -> tuple[Any, ...]:
@@ -268,19 +271,19 @@ def _losses_backward(options: _Options, residuals: _Residuals, g: jax.Array) -> 
         problem = _catalogue_loss.clean(*arguments, shard=options.shard)
         return problem, jnp.where(problem.valid, g, jnp.float32(0))
 
-    def compute(tiling: Tiling, lse: jax.Array, expected: Any, g: Any, *rest: Any) -> Gradients:
+    def compute(tiling: Tiling, lse: jax.Array, kept: Any, g: Any, *rest: Any) -> Gradients:
         problem, g = prepared(g, rest)
         blocks = _two_pass_blocks(problem.hidden.shape[0], problem.table.shape[0], tiling)
         return _catalogue_loss.gradients(problem, lse, g, options.smoothing, blocks)
 
-    def by_kernel(lse: jax.Array, expected: jax.Array, g: jax.Array, *rest: Any) -> Gradients:
+    def by_kernel(lse: jax.Array, kept: Any, g: jax.Array, *rest: Any) -> Gradients:
         problem, g = prepared(g, rest)
         return _catalogue_kernel.gradients(
-            problem, lse, expected, g, options.smoothing, problem.table.dtype
+            problem, lse, kept, g, options.smoothing, problem.table.dtype
         )
 
-    arguments, lse, expected = residuals
-    operands = (lse, expected, _catalogue.from_all(options.shard, g), *arguments)
+    arguments, lse, kept = residuals
+    operands = (lse, kept, _catalogue.from_all(options.shard, g), *arguments)
     grads = _per_platform(options, compute, by_kernel, operands)
     return _cotangents(_Arguments(*arguments), grads)
 
@@ -417,9 +420,9 @@ def _mean_forward(options: _Options, *operands: Any) -> tuple[jax.Array, Any]:
         *arguments, weights = operands
         problem = _catalogue_loss.clean(*arguments, shard=options.shard)
         shares, divisor = _shares(weights, problem.valid)
-        losses, lse, expected = _catalogue_kernel.losses(problem, options.smoothing, True)
+        losses, lse, kept = _catalogue_kernel.losses(problem, options.smoothing, True)
         grads = _catalogue_kernel.gradients(
-            problem, lse, expected, shares, options.smoothing, jnp.float32
+            problem, lse, kept, shares, options.smoothing, jnp.float32
         )
         return finished(shares, divisor, losses, grads)
 

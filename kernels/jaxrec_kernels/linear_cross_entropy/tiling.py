@@ -10,6 +10,9 @@ WIDEST = 256
 _POSITIONS = 512
 # With less, beginning and ending the kernels' pipelines takes longer than XLA's whole form.
 _FEWEST_POSITIONS, _FEWEST_LOGITS = 128, 1 << 21
+# Of the forward kernel where matrix units are ahead of the vector units: with more, what they give
+# does not fit into registers. Those of a v5e are not, and are kept busy by more.
+_FORWARD_CHUNK, _NARROW = 256, ("TPU v5 lite", "TPU v5e")
 # What a step of the grid and a round over a chunk cost besides the items in them, in items.
 _STEP, _ROUND = 160, 90
 # Products of float32 in one pass or in float32; what lies between has no lowering.
@@ -35,11 +38,33 @@ class Blocks(NamedTuple):
     items: int
     chunk: int
 
+    @property
+    def half(self) -> int:
+        """Of a chunk, where a whole one needs more registers than there are; 128 at least."""
+        return max(self.chunk // 2, LANES)
 
-def blocks_for(positions: int, items: int, width: int, itemsize: int) -> Blocks:
+
+def blocks_for(
+    positions: int,
+    items: int,
+    width: int,
+    itemsize: int,
+    kernel: str = BACKWARD,
+    device_kind: str | None = None,
+) -> Blocks:
     """Blocks that cover positions and items in the fewest cycles.
 
+    Args:
+      positions, items, width: of the arrays.
+      itemsize: of both of them.
+      kernel: the name given to `pl.pallas_call`.
+      device_kind: of the TPU; None for blocks that are safe on v5e and later ones.
+
     >>> blocks_for(25_600, 100_000, 64, 2)
+    Blocks(positions=512, items=2048, chunk=512)
+    >>> blocks_for(25_600, 100_000, 64, 2, FORWARD)
+    Blocks(positions=512, items=2048, chunk=256)
+    >>> blocks_for(25_600, 100_000, 64, 2, FORWARD, "TPU v5 lite")
     Blocks(positions=512, items=2048, chunk=512)
     >>> blocks_for(25_600, 3_416, 64, 2)
     Blocks(positions=512, items=1152, chunk=384)
@@ -48,6 +73,8 @@ def blocks_for(positions: int, items: int, width: int, itemsize: int) -> Blocks:
     """
     largest = 2048 if width * itemsize <= 2 * LANES else 1024
     largest_chunk = LANES if width > LANES else 1024 // itemsize
+    if kernel == FORWARD and device_kind not in _NARROW:
+        largest_chunk = min(largest_chunk, _FORWARD_CHUNK)
 
     def cost(chunk: int, rounds: int) -> int:
         blocks = -(-items // (rounds * chunk))
@@ -83,7 +110,7 @@ def tuned_blocks(
         kernel,
         call_class(*sizes, biased=biased),
         partial(fit, *sizes, biased=biased),
-        partial(blocks_for, *sizes),
+        partial(blocks_for, *sizes, kernel, tuning.device_kind()),
     )
 
 
@@ -142,15 +169,20 @@ def vmem_bytes(blocks: Blocks, width: int, itemsize: int, biased: bool) -> int:
     positions, items, _ = blocks
     square = positions * items
     # A block of rows, as wide as its tiles; operands are there twice, one for the next step.
-    wide = -(-width // 16) * 16 * itemsize
+    wide = -(-width // 16) * 16
     lines = 8 * 4
-    operands = 2 * (positions + items) * wide + 2 * 3 * positions * lines
-    forward = square * (4 + itemsize) + items * wide + 2 * 4 * width * positions
-    forward += 5 * positions * lines + 2 * 3 * positions * lines
-    backward = square * itemsize + 4 * width * items + 2 * 4 * width * items
+    operands = 2 * (positions + items) * wide * itemsize + 2 * 4 * positions * lines
+    # Positions and items once more, with what is beside them or without.
+    sided = (wide + 16) * itemsize
+    forward = square * (4 + itemsize) + (2 * items + positions) * sided
+    forward += 2 * 4 * width * positions + 5 * positions * lines + 2 * 3 * positions * lines
+    backward = square * itemsize + (items + 2 * positions) * sided
+    backward += 4 * (wide + 16) * items + 2 * 4 * width * items
     if biased:
         operands += 2 * items * lines
-        backward += 2 * items * LANES * 4 + 2 * items * lines
+        backward += 2 * items * lines
+        if width % LANES == 0:
+            operands += items * LANES * 4
     return operands + max(forward, backward)
 
 

@@ -10,6 +10,10 @@ lanes and every reduction runs along sublanes. With the running maximum m of a p
 The exponentials of a block need the maximum over all of it, so they wait for its product; done one
 block behind, they run beside the product of the next block. Those of the last one follow by
 themselves.
+
+The matrix units are up to twice as fast as the vector units, and what they give waits in registers.
+Therefore they add the bias, and what takes an item out, to the logits (`sides`), and a chunk is no
+longer than what may wait.
 """
 
 from collections.abc import Callable
@@ -23,6 +27,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from jaxrec_kernels import LANES, compat
+from jaxrec_kernels.linear_cross_entropy import sides
 from jaxrec_kernels.linear_cross_entropy.layout import (
     Layout,
     across,
@@ -57,9 +62,15 @@ class _Call(NamedTuple):
     blocks: Blocks
     layout: Layout
     items: int
+    width: int
     biased: bool
     weighted: bool
     precision: lax.Precision
+
+    @property
+    def sided(self) -> bool:
+        """Whether the matrix units add to the products what else belongs to the logits."""
+        return self.layout.transposed
 
     @property
     def item_blocks(self) -> int:
@@ -82,8 +93,12 @@ class _State(NamedTuple):
     # [8, positions], the same in all sublanes:
     running: Any  # the largest so far
     shift: Any  # what exponentials are taken against
+    ids: Any  # int32 [chunk, LANES], alike in all lanes: the number of the row
+    # This block of the table and the one before, by turns; where sided, with what is beside them.
+    items: Any
+    positions: Any = None  # with what is beside them, where sided
+    bias: Any = None  # float32 [items, LANES], alike in all lanes, where not
     weights: Any = None  # [items, positions]
-    before: Any = None  # the item rows of the block that the logits are of
 
 
 def statistics(
@@ -116,7 +131,13 @@ def statistics(
         FORWARD, positions, items, width, hidden.dtype.itemsize, biased=bias is not None
     )
     call = _Call(
-        blocks, layout_for(width), items, bias is not None, weighted, precision_for(hidden.dtype)
+        blocks,
+        layout_for(width),
+        items,
+        width,
+        bias is not None,
+        weighted,
+        precision_for(hidden.dtype),
     )
     rows = pl.cdiv(positions, blocks.positions) * blocks.positions
     hidden = jnp.pad(hidden, ((0, rows - positions), (0, 0)))
@@ -132,6 +153,12 @@ def statistics(
     out = [compat.like(operands, x) for x in out]
     found = _build(call, hidden, out, interpret)(*operands)
     largest, total, target = (x[0, :positions] for x in found[:3])
+    # What the kernel has for -inf.
+    none = largest <= sides.LOWEST / 2
+    total = jnp.where(none, _F32(0), total)
+    largest, target = (
+        jnp.where(x <= sides.LOWEST / 2, _F32(-jnp.inf), x) for x in (largest, target)
+    )
     return Statistics(largest, total, target, found[3].T[:positions] if weighted else None)
 
 
@@ -157,12 +184,20 @@ def _build(call: _Call, hidden: jax.Array, out: Any, interpret: Any) -> Any:
         inputs.append(pl.BlockSpec((1, of_items), lambda i, j: (0, j)))
     outputs = [pl.BlockSpec((1, of_positions), line)] * 3
     scratch = {"logits": pltpu.VMEM((of_items, of_positions), _F32)}
+    scratch["ids"] = pltpu.VMEM((call.blocks.chunk, LANES), jnp.int32)
     for name in ("largest", "total", "target", "running", "shift"):
         scratch[name] = pltpu.VMEM((8, of_positions), _F32)
     if call.weighted:
         outputs.append(pl.BlockSpec((width, of_positions), line))
         scratch["weights"] = pltpu.VMEM((of_items, of_positions), dtype)
-        scratch["before"] = pltpu.VMEM(call.layout.shape(of_items, width), dtype)
+    if call.sided:
+        with_side = sides.rows_of(width)
+        scratch["items"] = pltpu.VMEM((2, with_side, of_items), dtype)
+        scratch["positions"] = pltpu.VMEM((with_side, of_positions), dtype)
+    else:
+        scratch["items"] = pltpu.VMEM((2, of_items, width), dtype)
+        if call.biased:
+            scratch["bias"] = pltpu.VMEM((of_items, LANES), _F32)
     blocks, size = rows // of_positions, rows * call.items
     return pl.pallas_call(
         partial(_kernel, call),
@@ -199,17 +234,9 @@ def _kernel(
 
         lax.fori_loop(0, call.blocks.items // size, one, None)
 
-    chunk = call.blocks.chunk
-
-    item = step * call.blocks.items
-    logits = partial(_logits, call, state, hidden_ref, table_ref, labels_ref, bias_ref, item)
+    chunk, item, turn = call.blocks.chunk, step * call.blocks.items, step % 2
+    logits = partial(_logits, call, state, hidden_ref, labels_ref, item, turn)
     exponentials = partial(_exponentials, call, state)
-
-    def weigh_rows() -> None:
-        if weighted_ref is not None:
-            each(chunk, partial(_add_weighted, call, state, weighted_ref))
-
-    state.largest[...] = jnp.full_like(state.largest, -jnp.inf)
 
     @pl.when(step == 0)
     def _() -> None:
@@ -218,7 +245,23 @@ def _kernel(
             ref[...] = jnp.zeros_like(ref)
         if weighted_ref is not None:
             weighted_ref[...] = jnp.zeros_like(weighted_ref)
-        each(chunk, logits)
+        state.ids[...] = lax.broadcasted_iota(jnp.int32, state.ids.shape, 0)
+        if call.sided:
+            side = sides.of_positions(call.blocks.positions)
+            sides.fill(state.positions, hidden_ref[...], side)
+
+    state.largest[...] = jnp.full_like(state.largest, -jnp.inf)
+    _fill(call, state, table_ref, bias_ref, each, step)
+    if state.bias is not None:
+        each(chunk, partial(_spread_bias, state, bias_ref, call.items - item))
+
+    def add_weighted(of: Any) -> None:
+        if weighted_ref is not None:
+            each(chunk, partial(_add_weighted, call, state, weighted_ref, of))
+
+    @pl.when(step == 0)
+    def _() -> None:
+        each(chunk if call.sided else call.blocks.half, logits)
 
     if call.item_blocks > 1:
 
@@ -226,9 +269,30 @@ def _kernel(
         def _() -> None:
             # Of the block before, whose logits then make room.
             each(chunk, exponentials, logits)
-            weigh_rows()
+            add_weighted(1 - turn)
 
-    # What was summed so far moves to the new maximum.
+    if call.left_over and not (call.sided or call.biased):
+
+        @pl.when(step == call.item_blocks - 1)
+        def _remove_left_over() -> None:
+            beyond = jnp.full((call.left_over, call.blocks.positions), -jnp.inf, _F32)
+            state.logits[call.blocks.items - call.left_over :, :] = beyond
+
+    factor = _move_to_new_largest(state)
+    if weighted_ref is not None:
+        weighted_ref[...] = factor[:1] * weighted_ref[...]
+
+    @pl.when(step == call.item_blocks - 1)
+    def _() -> None:
+        each(_ALONE, exponentials)
+        add_weighted(turn)
+        largest_ref[...] = state.running[:1]
+        total_ref[...] = state.total[...].sum(0, keepdims=True)
+        target_ref[...] = state.target[...].sum(0, keepdims=True)
+
+
+def _move_to_new_largest(state: _State) -> Any:
+    """Moves what was summed so far to the new maximum; gives the factor that does it."""
     before = state.running[...]
     largest = jnp.maximum(before, state.largest[...].max(0, keepdims=True))
     shift = jnp.where(largest == -jnp.inf, _F32(0), largest)
@@ -236,19 +300,50 @@ def _kernel(
     state.running[...] = largest
     state.shift[...] = shift
     state.total[...] = factor * state.total[...]
-    if weighted_ref is not None:
-        weighted_ref[...] = factor[:1] * weighted_ref[...]
-        state.before[...] = table_ref[...]
+    return factor
 
-    @pl.when(step == call.item_blocks - 1)
-    def _() -> None:
-        if call.weighted:
-            _clear_left_over(call, state)
-        each(_ALONE, exponentials)
-        weigh_rows()
-        largest_ref[...] = state.running[:1]
-        total_ref[...] = state.total[...].sum(0, keepdims=True)
-        target_ref[...] = state.target[...].sum(0, keepdims=True)
+
+def _fill(call: _Call, state: _State, table_ref: Any, bias_ref: Any, each: Any, step: Any) -> None:
+    """This block of the table; beyond the items zeros, and logits of -inf."""
+    turn, left = step % 2, call.items - step * call.blocks.items
+    rows: Any = slice(None, call.width) if call.sided else slice(None)
+    state.items[turn, rows, :] = table_ref[...]
+
+    def side(size: int, start: Any) -> None:
+        columns = pl.ds(pl.multiple_of(start, size), size)
+        inside = lax.broadcasted_iota(jnp.int32, (1, size), 1) < left - start
+        bias = _F32(0) if bias_ref is None else bias_ref[:, columns]
+        bias = jnp.where(inside, bias, _F32(sides.LOWEST))
+        sides.fill_side(state.items.at[turn, :, columns], call.width, sides.of_items(size, bias))
+
+    if call.sided and call.biased:
+        each(call.blocks.chunk, side)
+    elif call.sided:
+
+        @pl.when((step < 2) | (step == call.item_blocks - 1))
+        def _() -> None:
+            # Otherwise as it was two blocks before.
+            each(call.blocks.chunk, side)
+
+    if call.left_over:
+
+        @pl.when(step == call.item_blocks - 1)
+        def _() -> None:
+            end = slice(call.blocks.items - call.left_over, None)
+            place: Any = (turn, rows, end) if call.sided else (turn, end, slice(None))
+            if call.sided or call.biased:
+                state.items[place] = jnp.zeros_like(state.items[place])
+            else:
+                # Whose logits are no larger than the largest.
+                row = state.items[turn, :1, :]
+                state.items[place] = jnp.broadcast_to(row, (call.left_over, call.width))
+
+
+def _spread_bias(state: _State, bias_ref: Any, left: Any, size: int, start: Any) -> None:
+    """That of some items, into all lanes; -inf beyond the items."""
+    of_items = pl.ds(pl.multiple_of(start, size), size)
+    inside = lax.broadcasted_iota(jnp.int32, (1, size), 1) < left - start
+    state.bias[of_items, :] = column(jnp.where(inside, bias_ref[:, of_items], _F32(-jnp.inf)))
 
 
 def _exponentials(call: _Call, state: _State, size: int, start: Any) -> None:
@@ -265,39 +360,36 @@ def _logits(
     call: _Call,
     state: _State,
     hidden_ref: Any,
-    table_ref: Any,
     labels_ref: Any,
-    bias_ref: Any,
     block: Any,
+    turn: Any,
     size: int,
     start: Any,
 ) -> None:
-    """Of a chunk of this block, whose first item is `block`."""
-    axis, item = call.layout.width_axis, block + start
-    rows = table_ref[call.layout.rows(start, size)]
-    logits = product(rows, hidden_ref[...], (axis, axis), call.precision)
-    if call.biased:
-        of_items = pl.ds(pl.multiple_of(start, size), size)
-        logits += across(column(bias_ref[:, of_items]), call.blocks.positions)
-    ids = lax.broadcasted_iota(jnp.int32, logits.shape, 0)
-    # Needed in the last block alone; with it in all of them the registers are enough everywhere.
-    logits = jnp.where(ids < call.items - item, logits, _F32(-jnp.inf))
-    state.logits[pl.ds(pl.multiple_of(start, size), size), :] = logits
-    state.largest[...] = jnp.maximum(state.largest[...], by_sublane(logits).max(0))
-    hit = jnp.where(ids == labels_ref[...] - item, logits, _F32(0))
-    state.target[...] += by_sublane(hit).sum(0)
+    """Of some items of this block, whose first one is `block`."""
+    item, of_items = block + start, pl.ds(pl.multiple_of(start, size), size)
+    ids = across(state.ids[:size, :], call.blocks.positions)
+    if call.sided:
+        rows = state.items[turn, :, of_items]
+        logits = product(rows, state.positions[...], (0, 0), call.precision)
+    else:
+        rows = state.items[turn, of_items, :]
+        logits = product(rows, hidden_ref[...], (1, 1), call.precision)
+        if call.biased:
+            logits += across(state.bias[of_items, :], call.blocks.positions)
+    state.logits[of_items, :] = logits
+    parts, hits = by_sublane(logits), by_sublane(ids == labels_ref[...] - item)
+    state.largest[...] = jnp.maximum(state.largest[...], parts.max(0))
+    state.target[...] += jnp.where(hits, parts, _F32(0)).sum(0)
 
 
-def _add_weighted(call: _Call, state: _State, weighted_ref: Any, size: int, start: Any) -> None:
-    """The weighted item rows of a chunk of the block that the exponentials are of."""
-    rows = state.before[call.layout.rows(start, size)]
-    weights = state.weights[pl.ds(pl.multiple_of(start, size), size), :]
-    weighted_ref[...] += product(rows, weights, (1 - call.layout.width_axis, 0), call.precision)
-
-
-def _clear_left_over(call: _Call, state: _State) -> None:
-    """Zeros in the rows that only fill the last block: 0 times NaN is NaN."""
-    if call.left_over:
-        end = slice(call.blocks.items - call.left_over, None)
-        place = (slice(None), end) if call.layout.transposed else (end, slice(None))
-        state.before[place] = jnp.zeros_like(state.before[place])
+def _add_weighted(
+    call: _Call, state: _State, weighted_ref: Any, turn: Any, size: int, start: Any
+) -> None:
+    """The weighted item rows of some items of a block."""
+    of_items = pl.ds(pl.multiple_of(start, size), size)
+    if call.sided:
+        rows, axis = state.items[turn, : call.width, of_items], 1
+    else:
+        rows, axis = state.items[turn, of_items, :], 0
+    weighted_ref[...] += product(rows, state.weights[of_items, :], (axis, 0), call.precision)

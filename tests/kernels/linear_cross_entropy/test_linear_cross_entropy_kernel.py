@@ -60,8 +60,11 @@ def close(got, want, tolerance):
         ((140, 300, 50), jnp.float32, True, 0.1, SMALL),
         ((140, 300, 128), jnp.float32, True, 0.0, SMALL),
         ((5, 7, 3), jnp.float32, False, 0.0, None),
+        ((130, 1_100, 8), jnp.float32, False, 0.0, SMALL),
+        ((130, 1_100, 128), jnp.float32, False, 0.1, SMALL),
+        ((130, 300, 40), jnp.bfloat16, True, 0.0, SMALL),
     ],
-    ids=["bf16", "lines", "rows", "tiny"],
+    ids=["bf16", "lines", "rows", "tiny", "five blocks", "five blocks of rows", "bf16 biased"],
 )
 def test_values_and_gradients(rng, monkeypatch, shape, dtype, biased, smoothing, blocks):
     positions, items, _ = shape
@@ -130,7 +133,7 @@ def test_no_races_and_nothing_uninitialised(rng):
         races = [interpret_pallas_call.races.races_found]
         gradient = run(
             partial(table_gradient, hit=0.9, **options),
-            *(hidden, table, labels, jnp.asarray(lse, jnp.float32), g, bias),
+            *(hidden, table, labels, found.target, jnp.asarray(lse, jnp.float32), g, bias),
         )
         races.append(interpret_pallas_call.races.races_found)
     finally:

@@ -20,7 +20,7 @@ from jaxrec_kernels.tuning import lookup, table
 
 SIZES = (25_600, 3_416, 64, 2)
 CALL = tiling.call_class(*SIZES, biased=False)
-RULE = tiling.blocks_for(*SIZES)
+RULE = tiling.blocks_for(*SIZES, FORWARD)
 OF_V5E, OF_V6E = Blocks(512, 1152, 128), Blocks(256, 1152, 384)
 V5E, V6E = "TPU v5 lite", "TPU v6 lite"
 
@@ -63,10 +63,12 @@ def test_a_known_device_has_its_table_and_an_unknown_one_the_rule():
 @pytest.mark.usefixtures("two_tables")
 def test_other_calls_have_the_rule():
     with tuning.compiling_for(V5E):
-        assert blocks(BACKWARD) == RULE  # looked for and not found
-        assert blocks(biased=True) == RULE
+        # Looked for and not found.
+        assert blocks(BACKWARD) == tiling.blocks_for(*SIZES, BACKWARD, V5E)
+        # The rule knows the device, too.
+        assert blocks(biased=True) == tiling.blocks_for(*SIZES, FORWARD, V5E) != RULE
         for sizes in ((25_600, 3_416, 64, 4), (25_600, 3_416, 128, 2), (25_600, 3_500, 64, 2)):
-            assert blocks(sizes=sizes) == tiling.blocks_for(*sizes)
+            assert blocks(sizes=sizes) == tiling.blocks_for(*sizes, FORWARD, V5E)
         # Positions are cut alike, however many.
         assert blocks(sizes=(1_024, 3_416, 64, 2)) == OF_V5E
 

@@ -95,9 +95,9 @@ def catalogue(kernel, blocks):
         return lambda own: tpu_forward.statistics(
             hidden, rows, labels, weighted=True, blocks=own or found, interpret=True
         ), tiling.Blocks(128, 256, 128)
-    lse = jnp.full((positions,), 9.0)
+    target, lse = jnp.full((positions,), 3.0), jnp.full((positions,), 9.0)
     return lambda own: tpu_backward.table_gradient(
-        hidden, rows, labels, lse, gain, blocks=own or found, interpret=True
+        hidden, rows, labels, target, lse, gain, blocks=own or found, interpret=True
     ), tiling.Blocks(128, 256, 128)
 
 
