@@ -184,7 +184,7 @@ def linear_cross_entropy(
     Cost: 2 P V D FLOPs forward, 8 P V D for value and gradient: the logits are computed twice, in
     blocks of at most 512 by 2,048 on a CPU and 2,048 by 8,192 elsewhere. Kept between the two: the
     inputs and float32 [P]. On a TPU two Pallas kernels run for widths up to 256, with blocks in
-    VMEM of 512 by 2,048; they keep float32 [P, D] besides. Products run in the inputs' dtype
+    VMEM of 512 by 2,048; they keep float32 [P, D] and [P] besides. Products run in the inputs' dtype
     (`jax.default_matmul_precision` applies), sums and statistics in float32; gradients come in the
     inputs' dtypes. Reverse mode only.
 
