@@ -9,8 +9,14 @@ from jax import Array
 
 from jaxrec_kernels import LANES
 from jaxrec_kernels.attention_tile import LOG2E, dot
-from jaxrec_kernels.positional_kernel_attention.slab import Slab, kept, only
-from jaxrec_kernels.positional_kernel_attention.spec import Member, Mix, query_blocks
+from jaxrec_kernels.positional_kernel_attention.slab import Group, Slab, only
+from jaxrec_kernels.positional_kernel_attention.spec import (
+    MIX_TILES,
+    Member,
+    Mix,
+    in_lots,
+    query_blocks,
+)
 from jaxrec_kernels.slot_ids import SlotIds, same
 
 _F32 = jnp.float32
@@ -48,23 +54,33 @@ def _first_column(start: int, band: int) -> int:
     return max(0, (start - band + 1) // LANES * LANES)
 
 
-Put = Callable[[slice, Array], None]
+Put = Callable[[Slab, slice, Array], None]
 
 
-def mix(slab: Slab, mix: Mix, table: Any, x: Any, put: Put) -> None:
-    """Hands over float32 rows of `out[j] = sum_{k <= j} T[j, k] x[k]`, a block at a time."""
-    for rows in query_blocks(slab.spec.length):
-        columns = (_first_column(rows[0], mix.band), rows[1])
-        slab.alone(functools.partial(_product, slab, mix, table, x, put, rows, columns))
+def _mix(group: Group, mix: Mix, table: str, x: str, put: Put, *, turned: bool = False) -> None:
+    """Hands over float32 rows of `out[j] = sum_{k <= j} T[j, k] x[k]`, a block at a time.
+
+    `turned`: of `out[k] = sum_{j >= k} T[j, k] x[j]`; the table is then T transposed.
+    """
+    length = group.spec.length
+
+    def columns(rows: tuple[int, int]) -> tuple[int, int]:
+        if turned:
+            return (rows[0], min(length, -(-(rows[1] + mix.band - 1) // LANES) * LANES))
+        return (_first_column(rows[0], mix.band), rows[1])
+
+    jobs = [(slab, rows, columns(rows)) for rows in query_blocks(length) for slab in group.slabs]
+
+    def run(lot: list[Any]) -> None:
+        for slab, rows, cut in lot:
+            _product(slab, mix, slab.refs[table], slab.own(x), put, rows, cut)
+
+    for lot in in_lots(jobs, lambda job: _size(group, mix, job[2]), MIX_TILES):
+        group.alone(functools.partial(run, lot))
 
 
-def mix_turned(slab: Slab, mix: Mix, table: Any, g: Any, put: Put) -> None:
-    """The same of `out[k] = sum_{j >= k} T[j, k] g[j]`; `table` is T transposed."""
-    length = slab.spec.length
-    for rows in query_blocks(length):
-        columns = (rows[0], min(length, -(-(rows[1] + mix.band - 1) // LANES) * LANES))
-        run = functools.partial(_product, slab, mix, table, g, put, rows, columns)
-        slab.alone(run, unless=slab.spec.packed > 1)
+def _size(group: Group, mix: Mix, columns: tuple[int, int]) -> int:
+    return len(_operators(group.slabs[0], mix)) * -(-(columns[1] - columns[0]) // LANES)
 
 
 def _product(
@@ -80,21 +96,35 @@ def _product(
     for operator in _operators(slab, mix):
         part = operator.masked(table[operator.table, slice(*rows), slice(*columns)], rows, columns)
         parts.append(only(slab.spec, operator.members, dot(part, x[slice(*columns)], (1, 0))))
-    put(slice(*rows), functools.reduce(jnp.add, parts))
+    put(slab, slice(*rows), functools.reduce(jnp.add, parts))
 
 
-def add_table_gradient(slab: Slab, mix: Mix, out: Any, x: Any, g: Any) -> None:
+def _add_table_gradient(group: Group, mix: Mix, name: str, x: str) -> None:
     """Adds `dT[j, k] = <g[j], x[k]>` for the entries within the band, a block of rows at a time."""
 
-    def add(rows: tuple[int, int], columns: tuple[int, int], operator: _Operator) -> None:
-        mine = only(slab.spec, operator.members, g[slice(*rows)])
-        part = operator.masked(dot(mine, x[slice(*columns)], (1, 1)), rows, columns)
-        out[operator.table, slice(*rows), slice(*columns)] += part
+    def one(rows: tuple[int, int], columns: tuple[int, int], table: int) -> None:
+        total: Array | None = None
+        for slab in group.slabs:
+            for operator in _operators(slab, mix):
+                if operator.table == table:
+                    mine = only(slab.spec, operator.members, slab.own("g")[slice(*rows)])
+                    products = dot(mine, slab.own(x)[slice(*columns)], (1, 1))
+                    part = operator.masked(products, rows, columns)
+                    total = part if total is None else total + part
+        group.refs[name][table, slice(*rows), slice(*columns)] += total
 
-    for rows in query_blocks(slab.spec.length):
+    jobs = []
+    for rows in query_blocks(group.spec.length):
         columns = (_first_column(rows[0], mix.band), rows[1])
-        for operator in _operators(slab, mix):
-            slab.alone(functools.partial(add, rows, columns, operator), unless=slab.spec.packed > 1)
+        jobs += [(rows, columns, table) for table in range(mix.groups)]
+
+    def run(lot: list[Any]) -> None:
+        for job in lot:
+            one(*job)
+
+    size = len(_operators(group.slabs[0], mix)) * len(group.slabs) // mix.groups
+    for lot in in_lots(jobs, lambda job: size * -(-(job[1][1] - job[1][0]) // LANES), MIX_TILES):
+        group.alone(functools.partial(run, lot))
 
 
 class Mixed(NamedTuple):
@@ -103,44 +133,51 @@ class Mixed(NamedTuple):
     factor: float  # what products with the keys must still be multiplied by
 
 
-def mix_both(slab: Slab, k: Any, v: Any) -> Mixed:
-    spec = slab.spec
-    key, value, factor = k, v, spec.scale * LOG2E
+def mix_both(group: Group) -> list[Mixed]:
+    spec = group.spec
+    key, value, factor = "k", "v", spec.scale * LOG2E
     if spec.logits.groups:
-        key = slab.refs[kept("key")]
+        key, factor = "key", 1.0
 
-        def put_key(rows: slice, mixed: Array) -> None:
+        def put_key(slab: Slab, rows: slice, mixed: Array) -> None:
             # Before they are rounded, so that the factor costs neither digits nor a pass.
-            key[rows] = (mixed * _F32(spec.scale * LOG2E)).astype(key.dtype)
+            keys = slab.own("key")
+            keys[rows] = (mixed * _F32(spec.scale * LOG2E)).astype(keys.dtype)
 
-        mix(slab, spec.logits, slab.refs["logit_table"], k, put_key)
-        factor = 1.0
+        _mix(group, spec.logits, "logit_table", "k", put_key)
     if spec.values.groups:
-        value = slab.refs[kept("value")]
+        value = "value"
 
-        def put_value(rows: slice, mixed: Array) -> None:
-            value[rows] = mixed.astype(value.dtype)
+        def put_value(slab: Slab, rows: slice, mixed: Array) -> None:
+            values = slab.own("value")
+            values[rows] = mixed.astype(values.dtype)
 
-        mix(slab, spec.values, slab.refs["value_table"], v, put_value)
-    return Mixed(key, value, factor)
+        _mix(group, spec.values, "value_table", "v", put_value)
+    return [Mixed(slab.own(key), slab.own(value), factor) for slab in group.slabs]
 
 
 def backward_mix(
-    slab: Slab, name: str, mix: Mix, x: Any, sums: Any, factor: float, result: str
+    group: Group, name: str, mix: Mix, x: str, sums: str, factor: float, result: str
 ) -> None:
     """From the gradient of a mixed array, in `sums`, to those of the array and its operator."""
-    g = slab.refs[kept("g")]
-    for queries in query_blocks(slab.spec.length):
-        rows = slice(*queries)
-        part = sums[rows] if factor == 1.0 else sums[rows] * _F32(factor)
-        if mix.groups:
-            g[rows] = part.astype(g.dtype)
-        else:
-            slab.write(result, part, rows)
+
+    def put(slab: Slab, rows: slice, part: Array) -> None:
+        slab.write(result, part, rows)
+
+    def scaled() -> None:
+        for slab in group.slabs:
+            g = slab.own("g")
+            for queries in query_blocks(group.spec.length):
+                rows = slice(*queries)
+                part = slab.own(sums)[rows]
+                if factor != 1.0:
+                    part = part * _F32(factor)
+                if mix.groups:
+                    g[rows] = part.astype(g.dtype)
+                else:
+                    put(slab, rows, part)
+
+    group.alone(scaled)
     if mix.groups:
-
-        def put(rows: slice, part: Array) -> None:
-            slab.write(result, part, rows)
-
-        mix_turned(slab, mix, slab.refs[f"{name}_table_turned"], g, put)
-        add_table_gradient(slab, mix, slab.refs[f"d_{name}_table"], x, g)
+        _mix(group, mix, f"{name}_table_turned", "g", put, turned=True)
+        _add_table_gradient(group, mix, f"d_{name}_table", x)

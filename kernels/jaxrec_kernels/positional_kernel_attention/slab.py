@@ -10,60 +10,43 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from jaxrec_kernels import LANES
-from jaxrec_kernels.positional_kernel_attention.spec import Member, Spec
-from jaxrec_kernels.slot_ids import SlotIds, down_buffer
+from jaxrec_kernels.positional_kernel_attention.spec import Member, Spec, lots_of_jobs, query_blocks
+from jaxrec_kernels.slot_ids import SlotIds
 
 _F32 = jnp.float32
 
 
 class Slab:
-    """The batch rows that are computed at once, and how their arrays lie side by side."""
+    """Batch rows side by side in the lanes, and where their arrays lie."""
 
     def __init__(
-        self, spec: Spec, refs: dict[str, Any], first_head: Any, first_row: Any, batch_row: Any
+        self, spec: Spec, refs: dict[str, Any], number: int, first_head: Any, first_row: Any, batch_row: Any
     ) -> None:
         """`first_row` is of the program's block, `batch_row` the same row of the whole batch."""
-        self.spec, self.refs = spec, refs
+        self.spec, self.refs, self.number = spec, refs, number
         self.first_head, self.first_row, self.batch_row = first_head, first_row, batch_row
-        self._regions = 0
         self.ids = [self._ids(i) for i in range(spec.packed)]
 
     def _ids(self, i: int) -> SlotIds | None:
         if not self.spec.masked:
             return None
-        ids = SlotIds(self.refs["ids"].at[self.first_row + i], self.refs[kept(f"ids_{i}")])
-        ids.fill()
-        return ids
+        return SlotIds(self.refs["ids"].at[self.first_row + i], self.own(f"ids_{i}"))
 
-    def read(self, name: str) -> Any:
-        """[length, lanes], zeros on padding: an operand side by side for all batch rows."""
+    def own(self, name: str) -> Any:
+        """Its buffer of this name."""
+        return self.refs[name_of_own(name)].at[self.number]
+
+    def read(self, name: str) -> None:
+        """[length, lanes], zeros on padding: an operand side by side for all batch rows.
+
+        Into a buffer, to be read where and as far as it is needed: a value that is needed late and
+        early would be spilled there and back by the compiler.
+        """
         parts = []
         for i, ids in enumerate(self.ids):
             part = self.refs[name][self.first_row + i]
             parts.append(part if ids is None else ids.clean(part))
-        return self.keep(name, beside(parts))
-
-    def keep(self, name: str, value: Array) -> Any:
-        """A buffer with the value, to be read where and as far as it is needed.
-
-        A value that is needed late and early would be spilled there and back by the compiler.
-        """
-        buffer = self.refs[kept(name)]
-        buffer[...] = value
-        return buffer
-
-    def alone(self, run: Callable[[], None], *, unless: bool = False) -> None:
-        """Runs what the compiler must not begin earlier: it would, and spill what that gives.
-
-        It sees through a condition that it can prove, and joins what has the same one. Schedules
-        are shorter without this, but spill hundreds of registers.
-        `unless`: what is run fits the registers together with what is around it.
-        """
-        if unless:
-            run()
-            return
-        self._regions += 1
-        pl.when(self.batch_row < self.spec.batch + self._regions)(run)
+        self.own(name)[...] = beside(parts)
 
     def write(self, name: str, x: Array, rows: slice) -> None:
         """Rows of a result [rows, lanes], zeros on padding."""
@@ -84,8 +67,48 @@ class Slab:
         ref[self.first_row + i, rows] = part.astype(ref.dtype)
 
 
-def kept(name: str) -> str:
-    return f"kept_{name}"
+class Group:
+    """The slabs that are computed at once: what they do not share does not wait for each other."""
+
+    def __init__(self, spec: Spec, refs: dict[str, Any], slabs: list[Slab]) -> None:
+        self.spec, self.refs, self.slabs = spec, refs, slabs
+        self._regions = 0
+
+    def alone(self, run: Callable[[], None], *, unless: bool = False) -> None:
+        """Runs what the compiler must not begin earlier: it would, and spill what that gives.
+
+        It sees through a condition that it can prove, and joins what has the same one. Schedules
+        are shorter without this, but spill hundreds of registers.
+        `unless`: what is run fits the registers together with what is around it.
+        """
+        if unless:
+            run()
+            return
+        self._regions += 1
+        pl.when(self.slabs[0].batch_row < self.spec.batch + self._regions)(run)
+
+    def read(self, *names: str) -> None:
+        for slab in self.slabs:
+            for ids in slab.ids:
+                if ids is not None:
+                    ids.fill()
+            for name in names:
+                slab.read(name)
+
+    def write_turned(self, name: str, source: str, factor: float) -> None:
+        """A result from a buffer float32[lanes, length], times a factor."""
+
+        def write() -> None:
+            for slab in self.slabs:
+                for queries in query_blocks(self.spec.length):
+                    part = slab.own(source)[:, slice(*queries)]
+                    slab.write_turned(name, part if factor == 1.0 else part * _F32(factor), slice(*queries))
+
+        self.alone(write)
+
+
+def name_of_own(name: str) -> str:
+    return f"own_{name}"
 
 
 def beside(parts: list[Array]) -> Array:
@@ -106,19 +129,31 @@ def only(spec: Spec, members: list[Member], x: Array) -> Array:
 
 
 def buffers(spec: Spec, dtype: Any, backward: bool) -> dict[str, Any]:
-    """What a slab keeps in VMEM."""
+    """What is kept in VMEM: by each slab of a group, and by a lot of jobs."""
     across, down = (spec.length, spec.lanes), (spec.lanes, spec.length)
     wanted = dict.fromkeys(("q", "k", "v", "key", "value"), (across, dtype))
     if backward:
         wanted |= dict.fromkeys(("do", "o", "g"), (across, dtype))
         wanted |= dict.fromkeys(("d_key", "d_value"), (across, _F32))
         wanted["key_down"] = (down, dtype)
-        wanted["d_query"] = ((spec.lanes, LANES), _F32)
+        wanted["d_query"] = (down, _F32)
+        wanted["delta"] = ((len(spec.members), spec.length), _F32)
     else:
         wanted["value_down"] = (down, dtype)
-        wanted["out"] = ((spec.lanes, LANES), _F32)
-        wanted |= dict.fromkeys(("largest", "total"), ((1, LANES), _F32))
-    made = {kept(name): pltpu.VMEM(*what) for name, what in wanted.items()}
+        wanted["out"] = (down, _F32)
     if spec.masked:
-        made |= {kept(f"ids_{i}"): down_buffer(spec.length) for i in range(spec.packed)}
+        wanted |= {f"ids_{i}": ((spec.length, LANES), jnp.int32) for i in range(spec.packed)}
+    made = {
+        name_of_own(name): pltpu.VMEM((spec.together, *shape), kind)
+        for name, (shape, kind) in wanted.items()
+    }
+    lots = lots_of_jobs(spec)
+    # Twice, since two lots are on their way.
+    square = (2, max(lot[-1].stop for lot in lots), LANES)
+    row = (2, max(map(len, lots)), LANES)
+    if backward:
+        made |= {name: pltpu.VMEM(square, dtype) for name in ("weights", "d_logits")}
+    else:
+        made |= {"logits": pltpu.VMEM(square, _F32), "weights": pltpu.VMEM(square, dtype)}
+        made |= {name: pltpu.VMEM(row, _F32) for name in ("largest", "total")}
     return made

@@ -1,6 +1,8 @@
 """What is static in a call of the kernel, and how it is cut."""
 
 import itertools
+import os
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -15,7 +17,8 @@ SPARE_BYTES = 8 << 20
 _ROWS = 8  # batch rows of a program at most
 _PACKED_UP_TO = 256  # longer rows are not put side by side
 _SHORT = 64
-_TILES_TOGETHER = 2  # of keys: more take fewer cycles, and spill
+_LOT_TILES = int(os.environ.get("LOT","8"))
+MIX_TILES = int(os.environ.get("MIXT","8"))
 
 
 class Spec(NamedTuple):
@@ -48,6 +51,13 @@ class Spec(NamedTuple):
     def short(self) -> bool:
         """Whether the tiles of two members fit the registers."""
         return self.length <= _SHORT
+
+    @property
+    def together(self) -> int:
+        """Slabs that are computed at once."""
+        slabs, tiles = self.rows // self.packed, self.packed * self.slab_heads * len(_tiles(self.length))
+        most = max(1, int(os.environ.get("TOG","16")) // tiles)
+        return next(count for count in range(min(most, slabs), 0, -1) if slabs % count == 0)
 
     @property
     def members(self) -> list["Member"]:
@@ -180,11 +190,58 @@ def rows_of_slab(rows: int, lanes: int, length: int) -> int:
     return next(count for count in (8, 4, 2, 1) if count * lanes <= LANES and rows % count == 0)
 
 
+def _tiles(length: int) -> list[int]:
+    return [key for _, end in query_blocks(length) for key in range(0, end, LANES)]
+
+
 def query_blocks(length: int) -> list[tuple[int, int]]:
     return [(start, min(start + LANES, length)) for start in range(0, length, LANES)]
 
 
-def key_tiles(end: int) -> list[list[tuple[int, int]]]:
-    """The tiles of the keys before `end`, in lots that are scheduled as one."""
-    tiles = query_blocks(end)
-    return [tiles[i : i + _TILES_TOGETHER] for i in range(0, len(tiles), _TILES_TOGETHER)]
+class Place(NamedTuple):
+    """A job of a lot: one member's block of queries, and where the lot has room for it."""
+
+    slab: int
+    member: int
+    queries: tuple[int, int]
+    number: int  # in its lot
+    first: int  # row of the lot's squares
+
+    @property
+    def stop(self) -> int:
+        return self.first + _rows(self.queries[1])
+
+
+def _rows(keys: int) -> int:
+    """Of a square, so that the next one begins at a tile of memory."""
+    return -(-keys // 32) * 32
+
+
+def lots_of_jobs(spec: Spec) -> list[list[Place]]:
+    """The jobs of a group, in lots that go through the stages together."""
+    lots: list[list[Place]] = [[]]
+    tiles = 0
+    for queries in query_blocks(spec.length):
+        for slab, member in itertools.product(range(spec.together), range(len(spec.members))):
+            mine = -(-queries[1] // LANES)
+            if lots[-1] and tiles + mine > _LOT_TILES:
+                lots.append([])
+            if not lots[-1]:
+                tiles = 0
+            tiles += mine
+            lot = lots[-1]
+            lot.append(Place(slab, member, queries, len(lot), lot[-1].stop if lot else 0))
+    return lots
+
+
+def in_lots(jobs: list[Any], size: Callable[[Any], int], most: int) -> list[list[Any]]:
+    """Jobs one after another in lots that are no larger than `most`, if no job is."""
+    lots: list[list[Any]] = []
+    total = 0
+    for job in jobs:
+        if not lots or total + size(job) > most:
+            lots.append([])
+            total = 0
+        lots[-1].append(job)
+        total += size(job)
+    return lots

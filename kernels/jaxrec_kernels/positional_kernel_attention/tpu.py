@@ -30,8 +30,8 @@ from jax.experimental.pallas import tpu as pltpu
 
 from jaxrec_kernels import compat
 from jaxrec_kernels.attention_dropout import seed_words
-from jaxrec_kernels.positional_kernel_attention.attention import backward_slab, forward_slab
-from jaxrec_kernels.positional_kernel_attention.slab import Slab, buffers
+from jaxrec_kernels.positional_kernel_attention.attention import backward_group, forward_group
+from jaxrec_kernels.positional_kernel_attention.slab import Group, Slab, buffers
 from jaxrec_kernels.positional_kernel_attention.spec import (
     BACKWARD,
     FORWARD,
@@ -207,7 +207,7 @@ def forward(
     made.statistics("lse", jax.ShapeDtypeStruct(_statistics_shape(spec), _F32))
 
     def body(refs: dict[str, Any]) -> None:
-        _each_slab(spec, refs, forward_slab)
+        _each_group(spec, refs, forward_group)
 
     out, lse = _call(
         spec,
@@ -273,7 +273,7 @@ def backward(
                 if table.shape[0] == 1:
                     first = first & (pl.program_id(0) == 0)
                 _zero_when(first, refs[f"d_{name}_table"])
-        _each_slab(spec, refs, backward_slab)
+        _each_group(spec, refs, backward_group)
 
     results = _call(
         spec,
@@ -301,20 +301,24 @@ def _zero_when(condition: Any, ref: Any) -> None:
         ref[...] = jnp.zeros_like(ref)
 
 
-def _each_slab(spec: Spec, refs: dict[str, Any], one: Callable[[Slab], None]) -> None:
+def _each_group(spec: Spec, refs: dict[str, Any], one: Callable[[Group], None]) -> None:
     """Runs `one` on all slabs of the program."""
     first_head = pl.program_id(0) * spec.slab_heads
     first_row = pl.program_id(1) * spec.rows
 
-    def some(number: Any) -> None:
-        row = number * spec.packed
-        one(Slab(spec, refs, first_head, row, first_row + row))
+    def slab(first: Any, number: int) -> Slab:
+        row = (first + number) * spec.packed
+        return Slab(spec, refs, number, first_head, row, first_row + row)
 
-    slabs = spec.rows // spec.packed
-    if slabs == 1:
+    def some(number: Any) -> None:
+        first = number * spec.together
+        one(Group(spec, refs, [slab(first, i) for i in range(spec.together)]))
+
+    groups = spec.rows // spec.packed // spec.together
+    if groups == 1:
         some(0)
     else:
-        lax.fori_loop(0, slabs, lambda i, _: some(i), None)
+        lax.fori_loop(0, groups, lambda i, _: some(i), None)
 
 
 def _as(dtype: Any, table: Array | None) -> Array | None:
