@@ -114,15 +114,14 @@ def forward_group(group: Group) -> None:
     mixed = mix_both(group)
 
     def turn() -> None:
-        for slab, of in zip(group.slabs, mixed, strict=True):
+        for slab, of in mixed.items():
             slab.own("value_down")[...] = jnp.transpose(of.value[...])
 
     group.alone(turn)
-    of_slab = dict(zip(group.slabs, mixed, strict=True))
 
     def logits(jobs: list[_Job]) -> None:
         for job in jobs:
-            _logits(job, of_slab[job.slab])
+            _logits(job, mixed[job.slab])
 
     def weights(jobs: list[_Job]) -> None:
         for job in jobs:
@@ -170,10 +169,9 @@ def backward_group(group: Group) -> None:
     group.read("q", "k", "v", "do", "o")
     spec = group.spec
     mixed = mix_both(group)
-    of_slab = dict(zip(group.slabs, mixed, strict=True))
 
     def prepare() -> None:
-        for slab, of in zip(group.slabs, mixed, strict=True):
+        for slab, of in mixed.items():
             slab.own("key_down")[...] = jnp.transpose(of.key[...])
             for queries in query_blocks(spec.length):
                 at = slice(*queries)
@@ -188,7 +186,7 @@ def backward_group(group: Group) -> None:
 
     def squares(jobs: list[_Job]) -> None:
         for job in jobs:
-            _squares(job, of_slab[job.slab])
+            _squares(job, mixed[job.slab])
 
     def sums(jobs: list[_Job]) -> None:
         for slab in group.slabs:
@@ -202,8 +200,7 @@ def backward_group(group: Group) -> None:
     _in_stages(group, [squares, sums])
     # The mixed keys have the logits' factor in them already, in units of log 2.
     group.write_turned("dq", "d_query", 1 / LOG2E if spec.logits.groups else spec.scale)
-    backward_mix(group, "logit", spec.logits, "k", "d_key", spec.scale, "dk")
-    backward_mix(group, "value", spec.values, "v", "d_value", 1.0, "dv")
+    backward_mix(group)
 
 
 def _squares(job: _Job, mixed: Mixed) -> None:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxrec_kernels import LANES
-from jaxrec_kernels.attention_tile import LOG2E, dot
+from jaxrec_kernels.attention_tile import LOG2E, dot, zeroed
 from jaxrec_kernels.positional_kernel_attention.slab import Group, Slab, only
 from jaxrec_kernels.positional_kernel_attention.spec import (
     MIX_TILES,
@@ -33,7 +33,7 @@ class _Operator(NamedTuple):
         if self.ids is None:
             return part
         mine = same(self.ids, slice(*rows), self.ids, slice(*columns))
-        return jnp.where(mine, part, jnp.zeros((), part.dtype))
+        return zeroed(mine, part)
 
 
 def _operators(slab: Slab, mix: Mix) -> list[_Operator]:
@@ -57,74 +57,87 @@ def _first_column(start: int, band: int) -> int:
 Put = Callable[[Slab, slice, Array], None]
 
 
-def _mix(group: Group, mix: Mix, table: str, x: str, put: Put, *, turned: bool = False) -> None:
-    """Hands over float32 rows of `out[j] = sum_{k <= j} T[j, k] x[k]`, a block at a time.
+class Mixing(NamedTuple):
+    """One mix of a group's arrays."""
 
+    mix: Mix
+    table: str  # [groups, length, length]
+    x: str  # a slab's buffer of what is mixed
+    put: Put  # takes float32 rows of the result
+
+
+def _blocks(group: Group) -> list[tuple[Slab, tuple[int, int]]]:
+    return [(slab, rows) for rows in query_blocks(group.spec.length) for slab in group.slabs]
+
+
+def _mix(group: Group, mixings: list[Mixing], *, turned: bool = False) -> None:
+    """Hands over rows of `out[j] = sum_{k <= j} T[j, k] x[k]`, a block at a time.
+
+    Of all mixes at once, which are masked alike.
     `turned`: of `out[k] = sum_{j >= k} T[j, k] x[j]`; the table is then T transposed.
     """
     length = group.spec.length
 
-    def columns(rows: tuple[int, int]) -> tuple[int, int]:
+    def columns(mix: Mix, rows: tuple[int, int]) -> tuple[int, int]:
         if turned:
             return (rows[0], min(length, -(-(rows[1] + mix.band - 1) // LANES) * LANES))
         return (_first_column(rows[0], mix.band), rows[1])
 
-    jobs = [(slab, rows, columns(rows)) for rows in query_blocks(length) for slab in group.slabs]
+    jobs = [
+        (mixing, slab, rows, columns(mixing.mix, rows))
+        for slab, rows in _blocks(group)
+        for mixing in mixings
+    ]
 
-    def run(lot: list[Any]) -> None:
-        for slab, rows, cut in lot:
-            _product(slab, mix, slab.refs[table], slab.own(x), put, rows, cut)
-
-    for lot in in_lots(jobs, lambda job: _size(group, mix, job[2]), MIX_TILES):
-        group.alone(functools.partial(run, lot))
-
-
-def _size(group: Group, mix: Mix, columns: tuple[int, int]) -> int:
-    return len(_operators(group.slabs[0], mix)) * -(-(columns[1] - columns[0]) // LANES)
-
-
-def _product(
-    slab: Slab,
-    mix: Mix,
-    table: Any,
-    x: Any,
-    put: Put,
-    rows: tuple[int, int],
-    columns: tuple[int, int],
-) -> None:
-    parts = []
-    for operator in _operators(slab, mix):
-        part = operator.masked(table[operator.table, slice(*rows), slice(*columns)], rows, columns)
-        parts.append(only(slab.spec, operator.members, dot(part, x[slice(*columns)], (1, 0))))
-    put(slab, slice(*rows), functools.reduce(jnp.add, parts))
-
-
-def _add_table_gradient(group: Group, mix: Mix, name: str, x: str) -> None:
-    """Adds `dT[j, k] = <g[j], x[k]>` for the entries within the band, a block of rows at a time."""
-
-    def one(rows: tuple[int, int], columns: tuple[int, int], table: int) -> None:
-        total: Array | None = None
-        for slab in group.slabs:
-            for operator in _operators(slab, mix):
-                if operator.table == table:
-                    mine = only(slab.spec, operator.members, slab.own("g")[slice(*rows)])
-                    products = dot(mine, slab.own(x)[slice(*columns)], (1, 1))
-                    part = operator.masked(products, rows, columns)
-                    total = part if total is None else total + part
-        group.refs[name][table, slice(*rows), slice(*columns)] += total
-
-    jobs = []
-    for rows in query_blocks(group.spec.length):
-        columns = (_first_column(rows[0], mix.band), rows[1])
-        jobs += [(rows, columns, table) for table in range(mix.groups)]
+    def size(job: Any) -> int:
+        mixing, slab, _, cut = job
+        return len(_operators(slab, mixing.mix)) * _tiles(cut)
 
     def run(lot: list[Any]) -> None:
         for job in lot:
-            one(*job)
+            _product(*job)
 
-    size = len(_operators(group.slabs[0], mix)) * len(group.slabs) // mix.groups
-    for lot in in_lots(jobs, lambda job: size * -(-(job[1][1] - job[1][0]) // LANES), MIX_TILES):
+    for lot in in_lots(jobs, size, MIX_TILES):
         group.alone(functools.partial(run, lot))
+
+
+def _tiles(columns: tuple[int, int]) -> int:
+    return -(-(columns[1] - columns[0]) // LANES)
+
+
+def _product(
+    mixing: Mixing, slab: Slab, rows: tuple[int, int], columns: tuple[int, int]
+) -> None:
+    parts, x = [], slab.own(mixing.x)[slice(*columns)]
+    table = slab.refs[mixing.table]
+    for operator in _operators(slab, mixing.mix):
+        part = operator.masked(table[operator.table, slice(*rows), slice(*columns)], rows, columns)
+        parts.append(only(slab.spec, operator.members, dot(part, x, (1, 0))))
+    mixing.put(slab, slice(*rows), functools.reduce(jnp.add, parts))
+
+
+class _Gradient(NamedTuple):
+    """A block of rows of an operator's gradient."""
+
+    mix: Mix
+    name: str
+    g: str
+    x: str
+    table: int
+    rows: tuple[int, int]
+    columns: tuple[int, int]
+
+    def add(self, group: Group) -> None:
+        """Adds `dT[j, k] = <g[j], x[k]>`."""
+        rows, columns = slice(*self.rows), slice(*self.columns)
+        parts = []
+        for slab in group.slabs:
+            g, x = slab.own(self.g)[rows], slab.own(self.x)[columns]
+            for operator in _operators(slab, self.mix):
+                if operator.table == self.table:
+                    products = dot(only(slab.spec, operator.members, g), x, (1, 1))
+                    parts.append(operator.masked(products, self.rows, self.columns))
+        group.refs[self.name][self.table, rows, columns] += functools.reduce(jnp.add, parts)
 
 
 class Mixed(NamedTuple):
@@ -133,9 +146,10 @@ class Mixed(NamedTuple):
     factor: float  # what products with the keys must still be multiplied by
 
 
-def mix_both(group: Group) -> list[Mixed]:
+def mix_both(group: Group) -> dict[Slab, Mixed]:
     spec = group.spec
     key, value, factor = "k", "v", spec.scale * LOG2E
+    mixings = []
     if spec.logits.groups:
         key, factor = "key", 1.0
 
@@ -144,7 +158,7 @@ def mix_both(group: Group) -> list[Mixed]:
             keys = slab.own("key")
             keys[rows] = (mixed * _F32(spec.scale * LOG2E)).astype(keys.dtype)
 
-        _mix(group, spec.logits, "logit_table", "k", put_key)
+        mixings.append(Mixing(spec.logits, "logit_table", "k", put_key))
     if spec.values.groups:
         value = "value"
 
@@ -152,32 +166,65 @@ def mix_both(group: Group) -> list[Mixed]:
             values = slab.own("value")
             values[rows] = mixed.astype(values.dtype)
 
-        _mix(group, spec.values, "value_table", "v", put_value)
-    return [Mixed(slab.own(key), slab.own(value), factor) for slab in group.slabs]
+        mixings.append(Mixing(spec.values, "value_table", "v", put_value))
+    _mix(group, mixings)
+    return {slab: Mixed(slab.own(key), slab.own(value), factor) for slab in group.slabs}
 
 
-def backward_mix(
-    group: Group, name: str, mix: Mix, x: str, sums: str, factor: float, result: str
-) -> None:
-    """From the gradient of a mixed array, in `sums`, to those of the array and its operator."""
+def backward_mix(group: Group) -> None:
+    """From the gradients of mixed arrays to those of the arrays and the operators."""
+    spec = group.spec
+    both = (
+        (spec.logits, "logit", "d_key", spec.scale, "k", "dk"),
+        (spec.values, "value", "d_value", 1.0, "v", "dv"),
+    )
 
-    def put(slab: Slab, rows: slice, part: Array) -> None:
-        slab.write(result, part, rows)
-
-    def scaled() -> None:
-        for slab in group.slabs:
-            g = slab.own("g")
-            for queries in query_blocks(group.spec.length):
+    def round_or_write() -> None:
+        for mix, name, sums, factor, _, result in both:
+            for slab, queries in _blocks(group):
                 rows = slice(*queries)
                 part = slab.own(sums)[rows]
                 if factor != 1.0:
                     part = part * _F32(factor)
                 if mix.groups:
+                    g = slab.own(f"g_{name}")
                     g[rows] = part.astype(g.dtype)
                 else:
-                    put(slab, rows, part)
+                    slab.write(result, part, rows)
 
-    group.alone(scaled)
-    if mix.groups:
-        _mix(group, mix, f"{name}_table_turned", "g", put, turned=True)
-        _add_table_gradient(group, mix, f"d_{name}_table", x)
+    group.alone(round_or_write)
+    mixings, gradients = [], []
+    for mix, name, _, _, x, result in both:
+        if not mix.groups:
+            continue
+
+        def put(slab: Slab, rows: slice, part: Array, result: str = result) -> None:
+            slab.write(result, part, rows)
+
+        mixings.append(Mixing(mix, f"{name}_table_turned", f"g_{name}", put))
+        gradients += [
+            _Gradient(
+                mix,
+                f"d_{name}_table",
+                f"g_{name}",
+                x,
+                table,
+                rows,
+                (_first_column(rows[0], mix.band), rows[1]),
+            )
+            for rows in query_blocks(spec.length)
+            for table in range(mix.groups)
+        ]
+    _mix(group, mixings, turned=True)
+    gradients.sort(key=lambda gradient: gradient.rows)
+
+    def add(lot: list[_Gradient]) -> None:
+        for gradient in lot:
+            gradient.add(group)
+
+    def size(gradient: _Gradient) -> int:
+        operators = len(_operators(group.slabs[0], gradient.mix)) // gradient.mix.groups
+        return len(group.slabs) * operators * _tiles(gradient.columns)
+
+    for lot in in_lots(gradients, size, MIX_TILES):
+        group.alone(functools.partial(add, lot))

@@ -10,6 +10,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from jaxrec_kernels import LANES
+from jaxrec_kernels.attention_tile import zeroed
 from jaxrec_kernels.positional_kernel_attention.spec import Member, Spec, lots_of_jobs, query_blocks
 from jaxrec_kernels.slot_ids import SlotIds
 
@@ -25,12 +26,11 @@ class Slab:
         """`first_row` is of the program's block, `batch_row` the same row of the whole batch."""
         self.spec, self.refs, self.number = spec, refs, number
         self.first_head, self.first_row, self.batch_row = first_head, first_row, batch_row
-        self.ids = [self._ids(i) for i in range(spec.packed)]
+        rows = [first_row + i for i in range(spec.packed)]
+        self.ids = [self._ids(row) if spec.masked else None for row in rows]
 
-    def _ids(self, i: int) -> SlotIds | None:
-        if not self.spec.masked:
-            return None
-        return SlotIds(self.refs["ids"].at[self.first_row + i], self.own(f"ids_{i}"))
+    def _ids(self, row: Any) -> SlotIds:
+        return SlotIds(self.refs["ids"].at[pl.ds(row, 1)], self.refs["ids_down"].at[row])
 
     def own(self, name: str) -> Any:
         """Its buffer of this name."""
@@ -88,12 +88,14 @@ class Group:
         pl.when(self.slabs[0].batch_row < self.spec.batch + self._regions)(run)
 
     def read(self, *names: str) -> None:
-        for slab in self.slabs:
-            for ids in slab.ids:
-                if ids is not None:
-                    ids.fill()
-            for name in names:
-                slab.read(name)
+        """Operands into the slabs' buffers of the same name."""
+
+        def run() -> None:
+            for slab in self.slabs:
+                for name in names:
+                    slab.read(name)
+
+        self.alone(run)
 
     def write_turned(self, name: str, source: str, factor: float) -> None:
         """A result from a buffer float32[lanes, length], times a factor."""
@@ -125,7 +127,7 @@ def only(spec: Spec, members: list[Member], x: Array) -> Array:
         return x
     lane = lax.broadcasted_iota(jnp.int32, (1, spec.lanes), 1)
     mask = functools.reduce(jnp.logical_or, [(lane >= m.first) & (lane < m.end) for m in members])
-    return jnp.where(mask, x, jnp.zeros((), x.dtype))
+    return zeroed(mask, x)
 
 
 def buffers(spec: Spec, dtype: Any, backward: bool) -> dict[str, Any]:
@@ -133,7 +135,7 @@ def buffers(spec: Spec, dtype: Any, backward: bool) -> dict[str, Any]:
     across, down = (spec.length, spec.lanes), (spec.lanes, spec.length)
     wanted = dict.fromkeys(("q", "k", "v", "key", "value"), (across, dtype))
     if backward:
-        wanted |= dict.fromkeys(("do", "o", "g"), (across, dtype))
+        wanted |= dict.fromkeys(("do", "o", "g_logit", "g_value"), (across, dtype))
         wanted |= dict.fromkeys(("d_key", "d_value"), (across, _F32))
         wanted["key_down"] = (down, dtype)
         wanted["d_query"] = (down, _F32)
@@ -141,12 +143,12 @@ def buffers(spec: Spec, dtype: Any, backward: bool) -> dict[str, Any]:
     else:
         wanted["value_down"] = (down, dtype)
         wanted["out"] = (down, _F32)
-    if spec.masked:
-        wanted |= {f"ids_{i}": ((spec.length, LANES), jnp.int32) for i in range(spec.packed)}
     made = {
         name_of_own(name): pltpu.VMEM((spec.together, *shape), kind)
         for name, (shape, kind) in wanted.items()
     }
+    if spec.masked:
+        made["ids_down"] = pltpu.VMEM((spec.rows, spec.length, LANES), jnp.int32)
     lots = lots_of_jobs(spec)
     # Twice, since two lots are on their way.
     square = (2, max(lot[-1].stop for lot in lots), LANES)

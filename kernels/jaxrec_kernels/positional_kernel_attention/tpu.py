@@ -41,6 +41,7 @@ from jaxrec_kernels.positional_kernel_attention.spec import (
     size_of,
     tuned_cut,
 )
+from jaxrec_kernels.slot_ids import fill_down
 
 _F32 = jnp.float32
 
@@ -119,8 +120,10 @@ class _Operands:
 
     def ids(self, value: Array | None) -> None:
         if value is not None:
-            shape = (self.spec.rows, 1, self.spec.length)
-            self.add("ids", value[:, None], pl.BlockSpec(shape, lambda slab, row: (row, 0, 0)))
+            spec = self.spec
+            shape = (None, spec.rows, spec.length)
+            programs = value.reshape(-1, spec.rows, spec.length)
+            self.add("ids", programs, pl.BlockSpec(shape, lambda slab, row: (row, 0, 0)))
 
     def seeds(self, value: Array | None) -> None:
         if value is not None:
@@ -305,6 +308,9 @@ def _each_group(spec: Spec, refs: dict[str, Any], one: Callable[[Group], None]) 
     """Runs `one` on all slabs of the program."""
     first_head = pl.program_id(0) * spec.slab_heads
     first_row = pl.program_id(1) * spec.rows
+
+    if spec.masked:
+        fill_down(refs["ids"], refs["ids_down"])
 
     def slab(first: Any, number: int) -> Slab:
         row = (first + number) * spec.packed
