@@ -115,7 +115,7 @@ def forward_group(group: Group) -> None:
 
     def turn() -> None:
         for slab, of in mixed.items():
-            slab.own("value_down")[...] = jnp.transpose(of.value[...])
+            slab.own("value_down")[...] = jnp.transpose(of.value[: group.spec.length])
 
     group.alone(turn)
 
@@ -172,7 +172,7 @@ def backward_group(group: Group) -> None:
 
     def prepare() -> None:
         for slab, of in mixed.items():
-            slab.own("key_down")[...] = jnp.transpose(of.key[...])
+            slab.own("key_down")[...] = jnp.transpose(of.key[: spec.length])
             for queries in query_blocks(spec.length):
                 at = slice(*queries)
                 out, d_out = (slab.own(name)[at].astype(_F32) for name in ("o", "do"))

@@ -46,7 +46,7 @@ class Slab:
         for i, ids in enumerate(self.ids):
             part = self.refs[name][self.first_row + i]
             parts.append(part if ids is None else ids.clean(part))
-        self.own(name)[...] = beside(parts)
+        self.own(name)[: self.spec.length] = beside(parts)
 
     def write(self, name: str, x: Array, rows: slice) -> None:
         """Rows of a result [rows, lanes], zeros on padding."""
@@ -132,7 +132,8 @@ def only(spec: Spec, members: list[Member], x: Array) -> Array:
 
 def buffers(spec: Spec, dtype: Any, backward: bool) -> dict[str, Any]:
     """What is kept in VMEM: by each slab of a group, and by a lot of jobs."""
-    across, down = (spec.length, spec.lanes), (spec.lanes, spec.length)
+    # Rows as many as fill tiles of memory, which are then stored whole.
+    across, down = (-(-spec.length // 32) * 32, spec.lanes), (spec.lanes, spec.length)
     wanted = dict.fromkeys(("q", "k", "v", "key", "value"), (across, dtype))
     if backward:
         wanted |= dict.fromkeys(("do", "o", "g_logit", "g_value"), (across, dtype))

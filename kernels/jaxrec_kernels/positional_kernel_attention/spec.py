@@ -17,8 +17,8 @@ SPARE_BYTES = 8 << 20
 _ROWS = 8  # batch rows of a program at most
 _PACKED_UP_TO = 256  # longer rows are not put side by side
 _SHORT = 64
-_LOT_TILES = int(os.environ.get("LOT","8"))
-MIX_TILES = int(os.environ.get("MIXT","8"))
+_LOT_TILES = int(os.environ.get("LOT","12"))
+MIX_TILES = int(os.environ.get("MIXT","32"))
 
 
 class Spec(NamedTuple):
@@ -56,7 +56,7 @@ class Spec(NamedTuple):
     def together(self) -> int:
         """Slabs that are computed at once."""
         slabs, tiles = self.rows // self.packed, self.packed * self.slab_heads * len(_tiles(self.length))
-        most = max(1, int(os.environ.get("TOG","16")) // tiles)
+        most = max(1, int(os.environ.get("TOG","32")) // tiles)
         return next(count for count in range(min(most, slabs), 0, -1) if slabs % count == 0)
 
     @property
