@@ -23,11 +23,11 @@ def down_buffer(slots: int) -> Any:
     return pltpu.VMEM((slots, LANES), jnp.int32)
 
 
-def fill_down(along: Any, down: Any) -> None:
-    """`SlotIds.down` of several rows, int32[rows, slots, LANES], from their ids [rows, slots]."""
-    turned = jnp.transpose(along[...])
+def fill_down(along: Any, down: Any, slots: slice) -> None:
+    """`SlotIds.down` of several rows, int32[rows, all, LANES], from their ids [rows, all]."""
+    turned = jnp.transpose(along[:, slots])
     for row in range(along.shape[0]):
-        down[row] = jnp.broadcast_to(turned[:, row : row + 1], down.shape[1:])
+        down[row, slots] = jnp.broadcast_to(turned[:, row : row + 1], (turned.shape[0], LANES))
 
 
 class SlotIds(NamedTuple):

@@ -50,10 +50,13 @@ class _Job:
         square = self.refs[name].at[self.buffer]
         return square.at[first + keys[0] : first + keys[1], : self.width]
 
-    def row(self, name: str) -> Any:
-        """A reference to [1, queries]."""
-        number = self.place.number
-        return self.refs[name].at[self.buffer, number : number + 1, : self.width]
+    def put(self, name: str, eight: Array) -> None:
+        """Keeps float32[8, queries] under this name."""
+        self.refs[name][self.buffer, self.place.number, :, : self.width] = eight
+
+    def get(self, name: str) -> Array:
+        part: Array = self.refs[name][self.buffer, self.place.number, :, : self.width]
+        return part
 
     def mine(self, name: str) -> Array:
         """[queries, lanes], those of other members zeroed."""
@@ -101,7 +104,7 @@ def _in_stages(group: Group, stages: list[Stage]) -> None:
     ]
 
     def run(step: int) -> None:
-        for number, stage in enumerate(stages):
+        for number, stage in reversed(list(enumerate(stages))):
             if 0 <= step - number < len(lots):
                 stage(lots[step - number])
 
@@ -136,33 +139,40 @@ def forward_group(group: Group) -> None:
 
 
 def _logits(job: _Job, mixed: Mixed) -> None:
-    query, tops = job.mine("q"), []
+    query = job.mine("q")
+    largest: Array | None = None
     for keys in job.keys:
+        # As many rows as fill registers; those beyond the end are later than any query.
+        keys = (keys[0], -(-keys[1] // 8) * 8)
         logits = logits_of(mixed.key[slice(*keys)], query, mixed.factor, job.visible(keys))
         job.tile("logits", keys)[...] = logits
-        tops.append(jnp.max(logits, axis=0, keepdims=True))
-    job.row("largest")[...] = functools.reduce(jnp.maximum, tops)
+        top = jnp.max(logits.reshape(-1, 8, job.width), axis=0)
+        largest = top if largest is None else jnp.maximum(largest, top)
+    job.put("largest", largest)
 
 
 def _weights(job: _Job) -> None:
-    largest, sums = job.row("largest")[...], []
+    largest = jnp.max(job.get("largest"), axis=0, keepdims=True)
+    total: Array | None = None
     for keys in job.keys:
+        keys = (keys[0], -(-keys[1] // 8) * 8)
         weights = jnp.exp2(job.tile("logits", keys)[...] - largest)
-        sums.append(jnp.sum(weights, axis=0, keepdims=True))
+        part = jnp.sum(weights.reshape(-1, 8, job.width), axis=0)
+        total = part if total is None else total + part
         keep = job.kept(keys)
         if keep is not None:
             weights = weights * keep
         tile = job.tile("weights", keys)
         tile[...] = weights.astype(tile.dtype)
-    total = functools.reduce(jnp.add, sums)
-    job.row("total")[...] = total
+    total = jnp.sum(total, axis=0, keepdims=True)
+    job.put("total", jnp.broadcast_to(total, (8, job.width)))
     job.statistics[...] = (largest + jnp.log2(total)) * _F32(1 / LOG2E)
 
 
 def _output(job: _Job) -> None:
     values, lanes, all_keys = job.slab.own("value_down"), job.member.lanes, (0, job.at.stop)
     out = dot(values[lanes, slice(*all_keys)], job.tile("weights", all_keys)[...], (1, 0))
-    job.slab.own("out")[lanes, job.at] = out / job.row("total")[...]
+    job.slab.own("out")[lanes, job.at] = out / job.get("total")[:1]
 
 
 def backward_group(group: Group) -> None:

@@ -11,6 +11,8 @@ from jaxrec_kernels import LANES
 from jaxrec_kernels.attention_tile import LOG2E, dot, zeroed
 from jaxrec_kernels.positional_kernel_attention.slab import Group, Slab, only
 from jaxrec_kernels.positional_kernel_attention.spec import (
+    GRADIENTS,
+    GRADT,
     MIX_TILES,
     Member,
     Mix,
@@ -91,7 +93,7 @@ def _mix(group: Group, mixings: list[Mixing], *, turned: bool = False) -> None:
 
     def size(job: Any) -> int:
         mixing, slab, _, cut = job
-        return len(_operators(slab, mixing.mix)) * _tiles(cut)
+        return len(_operators(slab, mixing.mix)) * len(_tiles(cut))
 
     def run(lot: list[Any]) -> None:
         for job in lot:
@@ -101,8 +103,9 @@ def _mix(group: Group, mixings: list[Mixing], *, turned: bool = False) -> None:
         group.alone(functools.partial(run, lot))
 
 
-def _tiles(columns: tuple[int, int]) -> int:
-    return -(-(columns[1] - columns[0]) // LANES)
+def _tiles(columns: tuple[int, int]) -> list[tuple[int, int]]:
+    start, stop = columns
+    return [(first, min(first + LANES, stop)) for first in range(start, stop, LANES)]
 
 
 def _product(
@@ -126,18 +129,20 @@ class _Gradient(NamedTuple):
     table: int
     rows: tuple[int, int]
     columns: tuple[int, int]
+    slabs: list[Slab]
 
     def add(self, group: Group) -> None:
         """Adds `dT[j, k] = <g[j], x[k]>`."""
-        rows, columns = slice(*self.rows), slice(*self.columns)
-        parts = []
-        for slab in group.slabs:
-            g, x = slab.own(self.g)[rows], slab.own(self.x)[columns]
-            for operator in _operators(slab, self.mix):
-                if operator.table == self.table:
-                    products = dot(only(slab.spec, operator.members, g), x, (1, 1))
-                    parts.append(operator.masked(products, self.rows, self.columns))
-        group.refs[self.name][self.table, rows, columns] += functools.reduce(jnp.add, parts)
+        rows, out = slice(*self.rows), group.refs[self.name]
+        for tile in _tiles(self.columns):
+            parts = []
+            for slab in self.slabs:
+                g, x = slab.own(self.g)[rows], slab.own(self.x)[slice(*tile)]
+                for operator in _operators(slab, self.mix):
+                    if operator.table == self.table:
+                        products = dot(only(slab.spec, operator.members, g), x, (1, 1))
+                        parts.append(operator.masked(products, self.rows, tile))
+            out[self.table, rows, slice(*tile)] += functools.reduce(jnp.add, parts)
 
 
 class Mixed(NamedTuple):
@@ -211,7 +216,9 @@ def backward_mix(group: Group) -> None:
                 table,
                 rows,
                 (_first_column(rows[0], mix.band), rows[1]),
+                slabs,
             )
+            for slabs in in_lots(group.slabs, lambda slab, mix=mix: len(_operators(slab, mix)), GRADIENTS)
             for rows in query_blocks(spec.length)
             for table in range(mix.groups)
         ]
@@ -224,7 +231,7 @@ def backward_mix(group: Group) -> None:
 
     def size(gradient: _Gradient) -> int:
         operators = len(_operators(group.slabs[0], gradient.mix)) // gradient.mix.groups
-        return len(group.slabs) * operators * _tiles(gradient.columns)
+        return len(gradient.slabs) * operators * len(_tiles(gradient.columns))
 
-    for lot in in_lots(gradients, size, MIX_TILES):
+    for lot in in_lots(gradients, size, GRADT):
         group.alone(functools.partial(add, lot))

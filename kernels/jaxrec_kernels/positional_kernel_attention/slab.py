@@ -11,8 +11,15 @@ from jax.experimental.pallas import tpu as pltpu
 
 from jaxrec_kernels import LANES
 from jaxrec_kernels.attention_tile import zeroed
-from jaxrec_kernels.positional_kernel_attention.spec import Member, Spec, lots_of_jobs, query_blocks
-from jaxrec_kernels.slot_ids import SlotIds
+from jaxrec_kernels.positional_kernel_attention.spec import (
+    READ,
+    Member,
+    Spec,
+    in_lots,
+    lots_of_jobs,
+    query_blocks,
+)
+from jaxrec_kernels.slot_ids import SlotIds, fill_down
 
 _F32 = jnp.float32
 
@@ -45,7 +52,7 @@ class Slab:
         parts = []
         for i, ids in enumerate(self.ids):
             part = self.refs[name][self.first_row + i]
-            parts.append(part if ids is None else ids.clean(part))
+            parts.append(part if ids is None else ids.clean(part, slice(0, self.spec.length)))
         self.own(name)[: self.spec.length] = beside(parts)
 
     def write(self, name: str, x: Array, rows: slice) -> None:
@@ -90,23 +97,39 @@ class Group:
     def read(self, *names: str) -> None:
         """Operands into the slabs' buffers of the same name."""
 
-        def run() -> None:
-            for slab in self.slabs:
+        def run(slabs: list[Slab]) -> None:
+            for slab in slabs:
                 for name in names:
                     slab.read(name)
 
-        self.alone(run)
+        self.some(run)
 
     def write_turned(self, name: str, source: str, factor: float) -> None:
         """A result from a buffer float32[lanes, length], times a factor."""
 
-        def write() -> None:
-            for slab in self.slabs:
+        def write(slabs: list[Slab]) -> None:
+            for slab in slabs:
                 for queries in query_blocks(self.spec.length):
                     part = slab.own(source)[:, slice(*queries)]
-                    slab.write_turned(name, part if factor == 1.0 else part * _F32(factor), slice(*queries))
+                    slab.write_turned(
+                        name, part if factor == 1.0 else part * _F32(factor), slice(*queries)
+                    )
 
-        self.alone(write)
+        self.some(write)
+
+    def some(self, run: Callable[[list[Slab]], None]) -> None:
+        """Runs for a few slabs at a time, with all of their rows."""
+        blocks = len(query_blocks(self.spec.length))
+        for slabs in in_lots(self.slabs, lambda _: blocks, READ):
+            self.alone(functools.partial(run, slabs))
+
+
+def fill_ids(spec: Spec, refs: dict[str, Any]) -> None:
+    """What the slabs of a program compare, for all of them: a block of slots at a time."""
+    if spec.masked:
+        for number, slots in enumerate(query_blocks(spec.length)):
+            fill = functools.partial(fill_down, refs["ids"], refs["ids_down"], slice(*slots))
+            pl.when(pl.program_id(1) < spec.batch + number)(fill)
 
 
 def name_of_own(name: str) -> str:
@@ -133,7 +156,8 @@ def only(spec: Spec, members: list[Member], x: Array) -> Array:
 def buffers(spec: Spec, dtype: Any, backward: bool) -> dict[str, Any]:
     """What is kept in VMEM: by each slab of a group, and by a lot of jobs."""
     # Rows as many as fill tiles of memory, which are then stored whole.
-    across, down = (-(-spec.length // 32) * 32, spec.lanes), (spec.lanes, spec.length)
+    rows = -(-spec.length // 32) * 32
+    across, down = (rows, spec.lanes), (spec.lanes, spec.length)
     wanted = dict.fromkeys(("q", "k", "v", "key", "value"), (across, dtype))
     if backward:
         wanted |= dict.fromkeys(("do", "o", "g_logit", "g_value"), (across, dtype))
@@ -149,11 +173,11 @@ def buffers(spec: Spec, dtype: Any, backward: bool) -> dict[str, Any]:
         for name, (shape, kind) in wanted.items()
     }
     if spec.masked:
-        made["ids_down"] = pltpu.VMEM((spec.rows, spec.length, LANES), jnp.int32)
+        made["ids_down"] = pltpu.VMEM((spec.rows, rows, LANES), jnp.int32)
     lots = lots_of_jobs(spec)
     # Twice, since two lots are on their way.
     square = (2, max(lot[-1].stop for lot in lots), LANES)
-    row = (2, max(map(len, lots)), LANES)
+    row = (2, max(map(len, lots)), 8, LANES)
     if backward:
         made |= {name: pltpu.VMEM(square, dtype) for name in ("weights", "d_logits")}
     else:

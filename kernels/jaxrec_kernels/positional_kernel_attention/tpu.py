@@ -31,7 +31,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxrec_kernels import compat
 from jaxrec_kernels.attention_dropout import seed_words
 from jaxrec_kernels.positional_kernel_attention.attention import backward_group, forward_group
-from jaxrec_kernels.positional_kernel_attention.slab import Group, Slab, buffers
+from jaxrec_kernels.positional_kernel_attention.slab import Group, Slab, buffers, fill_ids
 from jaxrec_kernels.positional_kernel_attention.spec import (
     BACKWARD,
     FORWARD,
@@ -41,7 +41,6 @@ from jaxrec_kernels.positional_kernel_attention.spec import (
     size_of,
     tuned_cut,
 )
-from jaxrec_kernels.slot_ids import fill_down
 
 _F32 = jnp.float32
 
@@ -309,9 +308,6 @@ def _each_group(spec: Spec, refs: dict[str, Any], one: Callable[[Group], None]) 
     first_head = pl.program_id(0) * spec.slab_heads
     first_row = pl.program_id(1) * spec.rows
 
-    if spec.masked:
-        fill_down(refs["ids"], refs["ids_down"])
-
     def slab(first: Any, number: int) -> Slab:
         row = (first + number) * spec.packed
         return Slab(spec, refs, number, first_head, row, first_row + row)
@@ -320,6 +316,7 @@ def _each_group(spec: Spec, refs: dict[str, Any], one: Callable[[Group], None]) 
         first = number * spec.together
         one(Group(spec, refs, [slab(first, i) for i in range(spec.together)]))
 
+    fill_ids(spec, refs)
     groups = spec.rows // spec.packed // spec.together
     if groups == 1:
         some(0)
