@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxrec_kernels.attention_dropout import keep_bits
-from jaxrec_kernels.attention_tile import LOG2E, dot, logits_of, through_softmax, visible
+from jaxrec_kernels.attention_tile import LOG2E, MASKED, dot, logits_of, through_softmax
 from jaxrec_kernels.positional_kernel_attention.mixing import Mixed, backward_mix, mix_both
 from jaxrec_kernels.positional_kernel_attention.slab import Group, Slab, only
 from jaxrec_kernels.positional_kernel_attention.spec import (
@@ -68,14 +68,27 @@ class _Job:
         slab, member = self.slab, self.member
         return self.refs["lse"].at[slab.first_row + member.row, member.here, self.at]
 
-    def visible(self, keys: Tile) -> Array | None:
-        """bool[keys, queries], or None where every query of the tile sees all of its keys."""
+    def logits(self, key: Any, query: Array, factor: float, keys: Tile) -> Array:
+        """float32[keys, queries], in units of log 2, `MASKED` where a query does not see a key."""
+        logits = logits_of(key[slice(*keys)], query, factor, None)
         # Tiles of keys and blocks of queries begin at the same slots.
-        shape, diagonal = (keys[1] - keys[0], self.width), keys[0] == self.at.start
-        if self.ids is None:
-            return visible(shape, diagonal=diagonal)
-        mine = same(self.ids, slice(*keys), self.ids, self.at)
-        return visible(shape, diagonal=diagonal, same=mine)
+        if keys[0] < self.at.start:
+            if self.ids is None:
+                return logits
+            seen = same(self.ids, slice(*keys), self.ids, self.at)
+            return jnp.where(seen, logits, _F32(MASKED))
+        # A register's rows at a time, beside a constant: the numbers of all rows would be kept.
+        later = lax.broadcasted_iota(jnp.int32, (8, self.width), 1)
+        later = later - lax.broadcasted_iota(jnp.int32, (8, self.width), 0)
+        parts = []
+        for first in range(0, keys[1] - keys[0], 8):
+            rows = slice(first, min(first + 8, keys[1] - keys[0]))
+            mask = later[: rows.stop - first] >= first
+            if self.ids is not None:
+                here = slice(keys[0] + rows.start, keys[0] + rows.stop)
+                mask = mask & same(self.ids, here, self.ids, self.at)
+            parts.append(jnp.where(mask, logits[rows], _F32(MASKED)))
+        return jnp.concatenate(parts, axis=0)
 
     def kept(self, keys: Tile) -> Array | None:
         """float32[keys, queries], the factor of dropout: 0, or 1 / (1 - rate)."""
@@ -144,7 +157,7 @@ def _logits(job: _Job, mixed: Mixed) -> None:
     for keys in job.keys:
         # As many rows as fill registers; those beyond the end are later than any query.
         keys = (keys[0], -(-keys[1] // 8) * 8)
-        logits = logits_of(mixed.key[slice(*keys)], query, mixed.factor, job.visible(keys))
+        logits = job.logits(mixed.key, query, mixed.factor, keys)
         job.tile("logits", keys)[...] = logits
         top = jnp.max(logits.reshape(-1, 8, job.width), axis=0)
         largest = top if largest is None else jnp.maximum(largest, top)
@@ -221,7 +234,7 @@ def _squares(job: _Job, mixed: Mixed) -> None:
     lse = job.statistics[...] * _F32(LOG2E)
     for keys in job.keys:
         these = slice(*keys)
-        logits = logits_of(mixed.key[these], query, mixed.factor, job.visible(keys))
+        logits = job.logits(mixed.key, query, mixed.factor, keys)
         d_weights = dot(mixed.value[these], d_out, (1, 1))
         weights, d_logits = through_softmax(logits, lse, d_weights, delta, job.kept(keys))
         for name, square in (("weights", weights), ("d_logits", d_logits)):

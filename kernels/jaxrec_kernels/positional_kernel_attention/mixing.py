@@ -75,7 +75,6 @@ def _blocks(group: Group) -> list[tuple[Slab, tuple[int, int]]]:
 def _mix(group: Group, mixings: list[Mixing], *, turned: bool = False) -> None:
     """Hands over rows of `out[j] = sum_{k <= j} T[j, k] x[k]`, a block at a time.
 
-    Of all mixes at once, which are masked alike.
     `turned`: of `out[k] = sum_{j >= k} T[j, k] x[j]`; the table is then T transposed.
     """
     length = group.spec.length
@@ -85,22 +84,19 @@ def _mix(group: Group, mixings: list[Mixing], *, turned: bool = False) -> None:
             return (rows[0], min(length, -(-(rows[1] + mix.band - 1) // LANES) * LANES))
         return (_first_column(rows[0], mix.band), rows[1])
 
-    jobs = [
-        (mixing, slab, rows, columns(mixing.mix, rows))
-        for slab, rows in _blocks(group)
-        for mixing in mixings
-    ]
+    for mixing in mixings:
+        jobs = [(slab, rows, columns(mixing.mix, rows)) for slab, rows in _blocks(group)]
 
-    def size(job: Any) -> int:
-        mixing, slab, _, cut = job
-        return len(_operators(slab, mixing.mix)) * len(_tiles(cut))
+        def size(job: Any, mix: Mix = mixing.mix) -> int:
+            slab, _, cut = job
+            return len(_operators(slab, mix)) * len(_tiles(cut))
 
-    def run(lot: list[Any]) -> None:
-        for job in lot:
-            _product(*job)
+        def run(lot: list[Any], mixing: Mixing = mixing) -> None:
+            for job in lot:
+                _product(mixing, *job)
 
-    for lot in in_lots(jobs, size, MIX_TILES):
-        group.alone(functools.partial(run, lot))
+        for lot in in_lots(jobs, size, MIX_TILES):
+            group.alone(functools.partial(run, lot))
 
 
 def _tiles(columns: tuple[int, int]) -> list[tuple[int, int]]:
@@ -223,7 +219,6 @@ def backward_mix(group: Group) -> None:
             for table in range(mix.groups)
         ]
     _mix(group, mixings, turned=True)
-    gradients.sort(key=lambda gradient: gradient.rows)
 
     def add(lot: list[_Gradient]) -> None:
         for gradient in lot:

@@ -17,11 +17,11 @@ SPARE_BYTES = 8 << 20
 _ROWS = 8  # batch rows of a program at most
 _PACKED_UP_TO = 256  # longer rows are not put side by side
 _SHORT = 64
-_LOT_TILES = int(os.environ.get("LOT","12"))
-GRADT = int(os.environ.get("GRADT","8"))
-GRADIENTS = int(os.environ.get("GRADS","4"))
+_LOT_TILES = int(os.environ.get("LOT","8"))
+GRADT = int(os.environ.get("GRADT","4"))
+GRADIENTS = int(os.environ.get("GRADS","2"))
 READ = int(os.environ.get("READ","4"))
-MIX_TILES = int(os.environ.get("MIXT","32"))
+MIX_TILES = int(os.environ.get("MIXT","16"))
 
 
 class Spec(NamedTuple):
