@@ -16,7 +16,7 @@ from jax import Array, lax
 from jaxrec_kernels.attention_dropout import keep_bits
 from jaxrec_kernels.attention_tile import LOG2E, MASKED, dot, logits_of, through_softmax
 from jaxrec_kernels.positional_kernel_attention.mixing import Mixed, backward_mix, mix_both
-from jaxrec_kernels.positional_kernel_attention.slab import Group, Slab, only
+from jaxrec_kernels.positional_kernel_attention.slab import Group, Slab
 from jaxrec_kernels.positional_kernel_attention.spec import (
     Member,
     Place,
@@ -60,7 +60,11 @@ class _Job:
 
     def mine(self, name: str) -> Array:
         """[queries, lanes], those of other members zeroed."""
-        return only(self.spec, [self.member], self.slab.own(name)[self.at])
+        if len(self.spec.members) == 1:
+            alone: Array = self.slab.own(name)[self.at]
+            return alone
+        part: Array = self.slab.own(f"{name}_of")[self.place.member, self.at]
+        return part
 
     @property
     def statistics(self) -> Any:
@@ -118,10 +122,13 @@ def _in_stages(group: Group, stages: list[Stage]) -> None:
 
     def run(step: int) -> None:
         for number, stage in reversed(list(enumerate(stages))):
-            if 0 <= step - number < len(lots):
-                stage(lots[step - number])
+            if number != 1 or len(stages) == 2:
+                if 0 <= step - number < len(lots):
+                    stage(lots[step - number])
 
     for step in range(len(lots) + len(stages) - 1):
+        if len(stages) == 3 and 0 <= step - 1 < len(lots):
+            group.alone(functools.partial(stages[1], lots[step - 1]))
         group.alone(functools.partial(run, step))
 
 

@@ -11,6 +11,7 @@ from jaxrec_kernels import LANES
 from jaxrec_kernels.attention_tile import LOG2E, dot, zeroed
 from jaxrec_kernels.positional_kernel_attention.slab import Group, Slab, only
 from jaxrec_kernels.positional_kernel_attention.spec import (
+    CHUNK,
     GRADIENTS,
     GRADT,
     MIX_TILES,
@@ -107,11 +108,15 @@ def _tiles(columns: tuple[int, int]) -> list[tuple[int, int]]:
 def _product(
     mixing: Mixing, slab: Slab, rows: tuple[int, int], columns: tuple[int, int]
 ) -> None:
-    parts, x = [], slab.own(mixing.x)[slice(*columns)]
+    parts, x = [], slab.own(mixing.x)
     table = slab.refs[mixing.table]
     for operator in _operators(slab, mixing.mix):
-        part = operator.masked(table[operator.table, slice(*rows), slice(*columns)], rows, columns)
-        parts.append(only(slab.spec, operator.members, dot(part, x, (1, 0))))
+        products = []
+        for start in range(*columns, CHUNK * LANES):
+            some = (start, min(start + CHUNK * LANES, columns[1]))
+            part = table[operator.table, slice(*rows), slice(*some)]
+            products.append(dot(operator.masked(part, rows, some), x[slice(*some)], (1, 0)))
+        parts.append(only(slab.spec, operator.members, functools.reduce(jnp.add, products)))
     mixing.put(slab, slice(*rows), functools.reduce(jnp.add, parts))
 
 
@@ -228,5 +233,7 @@ def backward_mix(group: Group) -> None:
         operators = len(_operators(group.slabs[0], gradient.mix)) // gradient.mix.groups
         return len(gradient.slabs) * operators * len(_tiles(gradient.columns))
 
-    for lot in in_lots(gradients, size, GRADT):
+    masked = max((len(_operators(group.slabs[0], mix)) for mix, *_ in both), default=1)
+    most = MIX_TILES if masked * len(group.slabs) == 1 else GRADT
+    for lot in in_lots(gradients, size, most):
         group.alone(functools.partial(add, lot))

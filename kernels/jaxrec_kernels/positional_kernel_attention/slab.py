@@ -53,7 +53,13 @@ class Slab:
         for i, ids in enumerate(self.ids):
             part = self.refs[name][self.first_row + i]
             parts.append(part if ids is None else ids.clean(part, slice(0, self.spec.length)))
-        self.own(name)[: self.spec.length] = beside(parts)
+        whole = beside(parts)
+        if name in ("q", "do") and len(self.spec.members) > 1:
+            for number, member in enumerate(self.spec.members):
+                mine = self.own(f"{name}_of")
+                mine[number, : self.spec.length] = only(self.spec, [member], whole)
+        if name != "q" or len(self.spec.members) == 1:
+            self.own(name)[: self.spec.length] = whole
 
     def write(self, name: str, x: Array, rows: slice) -> None:
         """Rows of a result [rows, lanes], zeros on padding."""
@@ -69,9 +75,8 @@ class Slab:
             self._put(ref, i, ids, jnp.transpose(down[i * width : (i + 1) * width]), rows)
 
     def _put(self, ref: Any, i: int, ids: SlotIds | None, part: Array, rows: slice) -> None:
-        if ids is not None:
-            part = ids.clean(part, rows)
-        ref[self.first_row + i, rows] = part.astype(ref.dtype)
+        part = part.astype(ref.dtype)
+        ref[self.first_row + i, rows] = part if ids is None else ids.clean(part, rows)
 
 
 class Group:
@@ -159,6 +164,10 @@ def buffers(spec: Spec, dtype: Any, backward: bool) -> dict[str, Any]:
     rows = -(-spec.length // 32) * 32
     across, down = (rows, spec.lanes), (spec.lanes, spec.length)
     wanted = dict.fromkeys(("q", "k", "v", "key", "value"), (across, dtype))
+    if len(spec.members) > 1:
+        of = ((len(spec.members), rows, spec.lanes), dtype)
+        del wanted["q"]
+        wanted |= dict.fromkeys(("q_of", "do_of") if backward else ("q_of",), of)
     if backward:
         wanted |= dict.fromkeys(("do", "o", "g_logit", "g_value"), (across, dtype))
         wanted |= dict.fromkeys(("d_key", "d_value"), (across, _F32))

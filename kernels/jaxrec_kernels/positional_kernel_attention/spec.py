@@ -20,6 +20,7 @@ _SHORT = 64
 _LOT_TILES = int(os.environ.get("LOT","8"))
 GRADT = int(os.environ.get("GRADT","4"))
 GRADIENTS = int(os.environ.get("GRADS","2"))
+CHUNK = int(os.environ.get("CHUNK","4"))
 READ = int(os.environ.get("READ","4"))
 MIX_TILES = int(os.environ.get("MIXT","16"))
 
