@@ -122,25 +122,26 @@ def _in_stages(group: Group, stages: list[Stage]) -> None:
 
     def run(step: int) -> None:
         for number, stage in reversed(list(enumerate(stages))):
-            if number != 1 or len(stages) == 2:
-                if 0 <= step - number < len(lots):
-                    stage(lots[step - number])
+            if 0 <= step - number < len(lots):
+                stage(lots[step - number])
 
-    for step in range(len(lots) + len(stages) - 1):
-        if len(stages) == 3 and 0 <= step - 1 < len(lots):
-            group.alone(functools.partial(stages[1], lots[step - 1]))
+    for step in range(len(lots)):
         group.alone(functools.partial(run, step))
+    # What is left is not put together: with no products to wait for it would be spilled.
+    for step in range(len(lots), len(lots) + len(stages) - 1):
+        for number, stage in reversed(list(enumerate(stages))):
+            if 0 <= step - number < len(lots):
+                group.alone(functools.partial(stage, lots[step - number]))
 
 
 def forward_group(group: Group) -> None:
     group.read("q", "k", "v")
     mixed = mix_both(group)
 
-    def turn() -> None:
-        for slab, of in mixed.items():
-            slab.own("value_down")[...] = jnp.transpose(of.value[: group.spec.length])
+    def turn(slab: Slab, rows: slice) -> None:
+        slab.own("value_down")[:, rows] = jnp.transpose(mixed[slab].value[rows])
 
-    group.alone(turn)
+    group.by_blocks(turn)
 
     def logits(jobs: list[_Job]) -> None:
         for job in jobs:
@@ -200,18 +201,15 @@ def backward_group(group: Group) -> None:
     spec = group.spec
     mixed = mix_both(group)
 
-    def prepare() -> None:
-        for slab, of in mixed.items():
-            slab.own("key_down")[...] = jnp.transpose(of.key[: spec.length])
-            for queries in query_blocks(spec.length):
-                at = slice(*queries)
-                out, d_out = (slab.own(name)[at].astype(_F32) for name in ("o", "do"))
-                products = jnp.transpose(out * d_out)
-                for number, member in enumerate(spec.members):
-                    delta = jnp.sum(products[member.lanes], axis=0, keepdims=True)
-                    slab.own("delta")[number : number + 1, at] = delta
+    def prepare(slab: Slab, rows: slice) -> None:
+        slab.own("key_down")[:, rows] = jnp.transpose(mixed[slab].key[rows])
+        out, d_out = (slab.own(name)[rows].astype(_F32) for name in ("o", "do"))
+        products = jnp.transpose(out * d_out)
+        for number, member in enumerate(spec.members):
+            delta = jnp.sum(products[member.lanes], axis=0, keepdims=True)
+            slab.own("delta")[number : number + 1, rows] = delta
 
-    group.alone(prepare)
+    group.by_blocks(prepare)
     reached = dict.fromkeys(group.slabs, 0)
 
     def squares(jobs: list[_Job]) -> None:

@@ -14,6 +14,7 @@ from jaxrec_kernels.positional_kernel_attention.spec import (
     CHUNK,
     GRADIENTS,
     GRADT,
+    MIX1,
     MIX_TILES,
     Member,
     Mix,
@@ -96,7 +97,8 @@ def _mix(group: Group, mixings: list[Mixing], *, turned: bool = False) -> None:
             for job in lot:
                 _product(mixing, *job)
 
-        for lot in in_lots(jobs, size, MIX_TILES):
+        most = MIX_TILES if len(_operators(group.slabs[0], mixing.mix)) > 1 else MIX1
+        for lot in in_lots(jobs, size, most):
             group.alone(functools.partial(run, lot))
 
 

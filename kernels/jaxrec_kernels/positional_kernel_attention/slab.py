@@ -43,23 +43,22 @@ class Slab:
         """Its buffer of this name."""
         return self.refs[name_of_own(name)].at[self.number]
 
-    def read(self, name: str) -> None:
-        """[length, lanes], zeros on padding: an operand side by side for all batch rows.
+    def read(self, name: str, rows: slice) -> None:
+        """Rows of an operand [rows, lanes], zeros on padding, side by side for all batch rows.
 
-        Into a buffer, to be read where and as far as it is needed: a value that is needed late and
-        early would be spilled there and back by the compiler.
+        Into buffers, to be read where and as far as they are needed: a value that is needed late
+        and early would be spilled there and back by the compiler.
         """
         parts = []
         for i, ids in enumerate(self.ids):
-            part = self.refs[name][self.first_row + i]
-            parts.append(part if ids is None else ids.clean(part, slice(0, self.spec.length)))
+            part = self.refs[name][self.first_row + i, rows]
+            parts.append(part if ids is None else ids.clean(part, rows))
         whole = beside(parts)
         if name in ("q", "do") and len(self.spec.members) > 1:
             for number, member in enumerate(self.spec.members):
-                mine = self.own(f"{name}_of")
-                mine[number, : self.spec.length] = only(self.spec, [member], whole)
+                self.own(f"{name}_of")[number, rows] = only(self.spec, [member], whole)
         if name != "q" or len(self.spec.members) == 1:
-            self.own(name)[: self.spec.length] = whole
+            self.own(name)[rows] = whole
 
     def write(self, name: str, x: Array, rows: slice) -> None:
         """Rows of a result [rows, lanes], zeros on padding."""
@@ -75,8 +74,9 @@ class Slab:
             self._put(ref, i, ids, jnp.transpose(down[i * width : (i + 1) * width]), rows)
 
     def _put(self, ref: Any, i: int, ids: SlotIds | None, part: Array, rows: slice) -> None:
-        part = part.astype(ref.dtype)
-        ref[self.first_row + i, rows] = part if ids is None else ids.clean(part, rows)
+        if ids is not None:
+            part = ids.clean(part, rows)
+        ref[self.first_row + i, rows] = part.astype(ref.dtype)
 
 
 class Group:
@@ -102,31 +102,31 @@ class Group:
     def read(self, *names: str) -> None:
         """Operands into the slabs' buffers of the same name."""
 
-        def run(slabs: list[Slab]) -> None:
-            for slab in slabs:
-                for name in names:
-                    slab.read(name)
+        def read(slab: Slab, rows: slice) -> None:
+            for name in names:
+                slab.read(name, rows)
 
-        self.some(run)
+        self.by_blocks(read)
 
     def write_turned(self, name: str, source: str, factor: float) -> None:
         """A result from a buffer float32[lanes, length], times a factor."""
 
-        def write(slabs: list[Slab]) -> None:
-            for slab in slabs:
-                for queries in query_blocks(self.spec.length):
-                    part = slab.own(source)[:, slice(*queries)]
-                    slab.write_turned(
-                        name, part if factor == 1.0 else part * _F32(factor), slice(*queries)
-                    )
+        def write(slab: Slab, rows: slice) -> None:
+            part = slab.own(source)[:, rows]
+            slab.write_turned(name, part if factor == 1.0 else part * _F32(factor), rows)
 
-        self.some(write)
+        self.by_blocks(write)
 
-    def some(self, run: Callable[[list[Slab]], None]) -> None:
-        """Runs for a few slabs at a time, with all of their rows."""
-        blocks = len(query_blocks(self.spec.length))
-        for slabs in in_lots(self.slabs, lambda _: blocks, READ):
-            self.alone(functools.partial(run, slabs))
+    def by_blocks(self, run: Callable[[Slab, slice], None]) -> None:
+        """Runs for all blocks of rows of all slabs, a few at a time."""
+        blocks = [(slab, rows) for slab in self.slabs for rows in query_blocks(self.spec.length)]
+
+        def some(lot: list[Any]) -> None:
+            for slab, rows in lot:
+                run(slab, slice(*rows))
+
+        for lot in in_lots(blocks, lambda _: 1, READ):
+            self.alone(functools.partial(some, lot))
 
 
 def fill_ids(spec: Spec, refs: dict[str, Any]) -> None:
