@@ -8,7 +8,7 @@ for each other are in it.
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax.numpy as jnp
 from jax import Array, lax
@@ -114,24 +114,34 @@ Stage = Callable[[list[_Job]], None]
 
 
 def _in_stages(group: Group, stages: list[Stage]) -> None:
-    """All jobs in all stages; a lot is in one while the next lot is in the one before."""
+    """All jobs in all stages; a lot is in one while the next lot is in the one before.
+
+    What is scheduled together was chosen by the schedules for v5e and v6e, for no registers to be
+    spilled: products always, what is between them only where heads share a batch row, and nothing
+    when the last lot is through the first stage.
+    """
     lots = [
         [_Job(group, place, number % 2) for place in places]
         for number, places in enumerate(lots_of_jobs(group.spec))
     ]
 
-    def run(step: int) -> None:
-        for number, stage in reversed(list(enumerate(stages))):
+    def run(step: int, numbers: list[int]) -> None:
+        for number in numbers:
             if 0 <= step - number < len(lots):
-                stage(lots[step - number])
+                stages[number](lots[step - number])
 
-    for step in range(len(lots)):
-        group.alone(functools.partial(run, step))
-    # What is left is not put together: with no products to wait for it would be spilled.
-    for step in range(len(lots), len(lots) + len(stages) - 1):
-        for number, stage in reversed(list(enumerate(stages))):
-            if 0 <= step - number < len(lots):
-                group.alone(functools.partial(stage, lots[step - number]))
+    last = len(stages) - 1
+    between = list(range(last - 1, 0, -1))
+    for step in range(len(lots) + last):
+        if step >= len(lots):
+            regions = [[last], between]
+        elif group.spec.slab_heads > 1:
+            regions = [[last, *between, 0]]
+        else:
+            regions = [between, [last, 0]]
+        for numbers in regions:
+            if any(0 <= step - number < len(lots) for number in numbers):
+                group.alone(functools.partial(run, step, numbers))
 
 
 def forward_group(group: Group) -> None:
@@ -159,33 +169,36 @@ def forward_group(group: Group) -> None:
     group.write_turned("o", "out", 1.0)
 
 
+def _whole_registers(keys: Tile) -> Tile:
+    """With rows beyond the last key, which are later than any query: they are masked."""
+    return keys[0], -(-keys[1] // 8) * 8
+
+
+def _eights(x: Array) -> Array:
+    """[rows, queries] as [rows / 8, 8, queries], to be reduced register by register."""
+    return x.reshape(-1, 8, x.shape[1])
+
+
 def _logits(job: _Job, mixed: Mixed) -> None:
-    query = job.mine("q")
-    largest: Array | None = None
-    for keys in job.keys:
-        # As many rows as fill registers; those beyond the end are later than any query.
-        keys = (keys[0], -(-keys[1] // 8) * 8)
+    query, tops = job.mine("q"), []
+    for keys in map(_whole_registers, job.keys):
         logits = job.logits(mixed.key, query, mixed.factor, keys)
         job.tile("logits", keys)[...] = logits
-        top = jnp.max(logits.reshape(-1, 8, job.width), axis=0)
-        largest = top if largest is None else jnp.maximum(largest, top)
-    job.put("largest", largest)
+        tops.append(jnp.max(_eights(logits), axis=0))
+    job.put("largest", functools.reduce(jnp.maximum, tops))
 
 
 def _weights(job: _Job) -> None:
-    largest = jnp.max(job.get("largest"), axis=0, keepdims=True)
-    total: Array | None = None
-    for keys in job.keys:
-        keys = (keys[0], -(-keys[1] // 8) * 8)
+    largest, sums = jnp.max(job.get("largest"), axis=0, keepdims=True), []
+    for keys in map(_whole_registers, job.keys):
         weights = jnp.exp2(job.tile("logits", keys)[...] - largest)
-        part = jnp.sum(weights.reshape(-1, 8, job.width), axis=0)
-        total = part if total is None else total + part
+        sums.append(jnp.sum(_eights(weights), axis=0))
         keep = job.kept(keys)
         if keep is not None:
             weights = weights * keep
         tile = job.tile("weights", keys)
         tile[...] = weights.astype(tile.dtype)
-    total = jnp.sum(total, axis=0, keepdims=True)
+    total = jnp.sum(functools.reduce(jnp.add, sums), axis=0, keepdims=True)
     job.put("total", jnp.broadcast_to(total, (8, job.width)))
     job.statistics[...] = (largest + jnp.log2(total)) * _F32(1 / LOG2E)
 

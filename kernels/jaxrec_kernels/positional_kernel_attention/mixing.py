@@ -11,11 +11,13 @@ from jaxrec_kernels import LANES
 from jaxrec_kernels.attention_tile import LOG2E, dot, zeroed
 from jaxrec_kernels.positional_kernel_attention.slab import Group, Slab, only
 from jaxrec_kernels.positional_kernel_attention.spec import (
-    CHUNK,
-    GRADIENTS,
-    GRADT,
-    MIX1,
+    GRADIENT_PARTS,
+    GRADIENT_TILES,
+    GRADIENT_TILES_OF_SLABS,
     MIX_TILES,
+    MIX_TILES_ALONE,
+    MIX_TILES_OF_SLABS,
+    PRODUCT_TILES,
     Member,
     Mix,
     in_lots,
@@ -97,7 +99,11 @@ def _mix(group: Group, mixings: list[Mixing], *, turned: bool = False) -> None:
             for job in lot:
                 _product(mixing, *job)
 
-        most = MIX_TILES if len(_operators(group.slabs[0], mixing.mix)) > 1 else MIX1
+        one = len(_operators(group.slabs[0], mixing.mix)) == 1
+        most = MIX_TILES
+        if one:
+            several = len(group.slabs) > 1 and not turned
+            most = MIX_TILES_OF_SLABS if several else MIX_TILES_ALONE
         for lot in in_lots(jobs, size, most):
             group.alone(functools.partial(run, lot))
 
@@ -107,15 +113,13 @@ def _tiles(columns: tuple[int, int]) -> list[tuple[int, int]]:
     return [(first, min(first + LANES, stop)) for first in range(start, stop, LANES)]
 
 
-def _product(
-    mixing: Mixing, slab: Slab, rows: tuple[int, int], columns: tuple[int, int]
-) -> None:
+def _product(mixing: Mixing, slab: Slab, rows: tuple[int, int], columns: tuple[int, int]) -> None:
     parts, x = [], slab.own(mixing.x)
     table = slab.refs[mixing.table]
     for operator in _operators(slab, mixing.mix):
         products = []
-        for start in range(*columns, CHUNK * LANES):
-            some = (start, min(start + CHUNK * LANES, columns[1]))
+        for start in range(*columns, PRODUCT_TILES * LANES):
+            some = (start, min(start + PRODUCT_TILES * LANES, columns[1]))
             part = table[operator.table, slice(*rows), slice(*some)]
             products.append(dot(operator.masked(part, rows, some), x[slice(*some)], (1, 0)))
         parts.append(only(slab.spec, operator.members, functools.reduce(jnp.add, products)))
@@ -209,6 +213,9 @@ def backward_mix(group: Group) -> None:
         def put(slab: Slab, rows: slice, part: Array, result: str = result) -> None:
             slab.write(result, part, rows)
 
+        def operators(slab: Slab, mix: Mix = mix) -> int:
+            return len(_operators(slab, mix))
+
         mixings.append(Mixing(mix, f"{name}_table_turned", f"g_{name}", put))
         gradients += [
             _Gradient(
@@ -221,7 +228,7 @@ def backward_mix(group: Group) -> None:
                 (_first_column(rows[0], mix.band), rows[1]),
                 slabs,
             )
-            for slabs in in_lots(group.slabs, lambda slab, mix=mix: len(_operators(slab, mix)), GRADIENTS)
+            for slabs in in_lots(group.slabs, operators, GRADIENT_PARTS)
             for rows in query_blocks(spec.length)
             for table in range(mix.groups)
         ]
@@ -231,11 +238,15 @@ def backward_mix(group: Group) -> None:
         for gradient in lot:
             gradient.add(group)
 
-    def size(gradient: _Gradient) -> int:
+    def parts(gradient: _Gradient) -> int:
         operators = len(_operators(group.slabs[0], gradient.mix)) // gradient.mix.groups
-        return len(gradient.slabs) * operators * len(_tiles(gradient.columns))
+        return len(gradient.slabs) * operators
 
-    masked = max((len(_operators(group.slabs[0], mix)) for mix, *_ in both), default=1)
-    most = MIX_TILES if masked * len(group.slabs) == 1 else GRADT
+    def size(gradient: _Gradient) -> int:
+        return parts(gradient) * len(_tiles(gradient.columns))
+
+    most = GRADIENT_TILES
+    if spec.packed == 1:
+        most = GRADIENT_TILES_OF_SLABS if len(group.slabs) > 1 else MIX_TILES
     for lot in in_lots(gradients, size, most):
         group.alone(functools.partial(add, lot))

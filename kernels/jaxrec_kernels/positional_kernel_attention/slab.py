@@ -12,12 +12,13 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxrec_kernels import LANES
 from jaxrec_kernels.attention_tile import zeroed
 from jaxrec_kernels.positional_kernel_attention.spec import (
-    READ,
+    BLOCKS,
     Member,
     Spec,
     in_lots,
     lots_of_jobs,
     query_blocks,
+    rounded_rows,
 )
 from jaxrec_kernels.slot_ids import SlotIds, fill_down
 
@@ -28,7 +29,13 @@ class Slab:
     """Batch rows side by side in the lanes, and where their arrays lie."""
 
     def __init__(
-        self, spec: Spec, refs: dict[str, Any], number: int, first_head: Any, first_row: Any, batch_row: Any
+        self,
+        spec: Spec,
+        refs: dict[str, Any],
+        number: int,
+        first_head: Any,
+        first_row: Any,
+        batch_row: Any,
     ) -> None:
         """`first_row` is of the program's block, `batch_row` the same row of the whole batch."""
         self.spec, self.refs, self.number = spec, refs, number
@@ -54,6 +61,7 @@ class Slab:
             part = self.refs[name][self.first_row + i, rows]
             parts.append(part if ids is None else ids.clean(part, rows))
         whole = beside(parts)
+        # Products of a member have those of others zeroed: once, not in every tile.
         if name in ("q", "do") and len(self.spec.members) > 1:
             for number, member in enumerate(self.spec.members):
                 self.own(f"{name}_of")[number, rows] = only(self.spec, [member], whole)
@@ -86,16 +94,12 @@ class Group:
         self.spec, self.refs, self.slabs = spec, refs, slabs
         self._regions = 0
 
-    def alone(self, run: Callable[[], None], *, unless: bool = False) -> None:
+    def alone(self, run: Callable[[], None]) -> None:
         """Runs what the compiler must not begin earlier: it would, and spill what that gives.
 
         It sees through a condition that it can prove, and joins what has the same one. Schedules
         are shorter without this, but spill hundreds of registers.
-        `unless`: what is run fits the registers together with what is around it.
         """
-        if unless:
-            run()
-            return
         self._regions += 1
         pl.when(self.slabs[0].batch_row < self.spec.batch + self._regions)(run)
 
@@ -125,7 +129,7 @@ class Group:
             for slab, rows in lot:
                 run(slab, slice(*rows))
 
-        for lot in in_lots(blocks, lambda _: 1, READ):
+        for lot in in_lots(blocks, lambda _: self.spec.packed, BLOCKS):
             self.alone(functools.partial(some, lot))
 
 
@@ -161,9 +165,9 @@ def only(spec: Spec, members: list[Member], x: Array) -> Array:
 def buffers(spec: Spec, dtype: Any, backward: bool) -> dict[str, Any]:
     """What is kept in VMEM: by each slab of a group, and by a lot of jobs."""
     # Rows as many as fill tiles of memory, which are then stored whole.
-    rows = -(-spec.length // 32) * 32
+    rows = rounded_rows(spec.length)
     across, down = (rows, spec.lanes), (spec.lanes, spec.length)
-    wanted = dict.fromkeys(("q", "k", "v", "key", "value"), (across, dtype))
+    wanted: dict[str, Any] = dict.fromkeys(("q", "k", "v", "key", "value"), (across, dtype))
     if len(spec.members) > 1:
         of = ((len(spec.members), rows, spec.lanes), dtype)
         del wanted["q"]

@@ -1,7 +1,6 @@
 """What is static in a call of the kernel, and how it is cut."""
 
 import itertools
-import os
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -16,14 +15,21 @@ VMEM_BYTES = 64 << 20
 SPARE_BYTES = 8 << 20
 _ROWS = 8  # batch rows of a program at most
 _PACKED_UP_TO = 256  # longer rows are not put side by side
-_SHORT = 64
-_LOT_TILES = int(os.environ.get("LOT","7"))
-GRADT = int(os.environ.get("GRADT","4"))
-GRADIENTS = int(os.environ.get("GRADS","2"))
-MIX1 = int(os.environ.get("MIX1","4"))
-CHUNK = int(os.environ.get("CHUNK","4"))
-READ = int(os.environ.get("READ","4"))
-MIX_TILES = int(os.environ.get("MIXT","16"))
+# How much is in a region that the compiler schedules by itself: more takes fewer cycles, since what
+# a product waits for is then hidden by others, until registers are spilled. By its schedules for
+# v5e and v6e.
+_GROUP_TILES = 48  # of weights, in slabs that are computed at once
+_LOT_TILES, _LOT_TILES_OF_HEADS = (
+    8,
+    7,
+)  # of weights, in a lot; heads of a row share masks, which stay
+BLOCKS = 4  # of a row's slots, which are read or written
+# Of operators: where each batch row of a slab has its own mask; where all have the same, of several
+# slabs; and otherwise.
+MIX_TILES, MIX_TILES_OF_SLABS, MIX_TILES_ALONE = 16, 12, 4
+PRODUCT_TILES = 4  # of a product along one axis of an operator
+# Of operators' gradients, likewise; and how many products are summed for a tile.
+GRADIENT_TILES, GRADIENT_TILES_OF_SLABS, GRADIENT_PARTS = 4, 8, 2
 
 
 class Spec(NamedTuple):
@@ -53,16 +59,9 @@ class Spec(NamedTuple):
         return self.packed * self.block_lanes
 
     @property
-    def short(self) -> bool:
-        """Whether the tiles of two members fit the registers."""
-        return self.length <= _SHORT
-
-    @property
     def together(self) -> int:
         """Slabs that are computed at once."""
-        slabs, tiles = self.rows // self.packed, self.packed * self.slab_heads * len(_tiles(self.length))
-        most = max(1, int(os.environ.get("TOG","32")) // tiles)
-        return next(count for count in range(min(most, slabs), 0, -1) if slabs % count == 0)
+        return slabs_together(Cut(self.rows, self.packed), self.slab_heads, self.length)
 
     @property
     def members(self) -> list["Member"]:
@@ -169,17 +168,36 @@ def cut_for(size: Size) -> Cut:
 
 def vmem_bytes(size: Size, cut: Cut) -> int:
     """Of the backward kernel, which takes more than the forward one."""
-    length = -(-size.length // 16) * 16
+    length, item = rounded_rows(size.length), size.itemsize
     wide = -(-size.slab_heads * size.head_dim // LANES) * LANES
     lanes = -(-cut.packed * size.slab_heads * size.head_dim // LANES) * LANES
     filled = -(-size.length // LANES) * LANES
+    members = cut.packed * size.slab_heads
     # Operands are there twice, one for the next program: q, k, v, o, do and dq, dk, dv.
-    operands = 2 * cut.rows * (8 * length * wide * size.itemsize + 2 * 8 * filled * 4)
+    operands = 2 * cut.rows * (8 * length * wide * item + 2 * 8 * filled * 4)
     # Operators as they are and turned, and their gradients in float32.
-    squares = 2 * size.groups * length * filled * (2 * size.itemsize + 4)
-    kept = lanes * (8 * length * size.itemsize + 2 * length * 4 + filled * size.itemsize)
-    ids = cut.packed * length * LANES * 4
-    return operands + squares + kept + ids + lanes * LANES * 4
+    squares = 2 * size.groups * length * filled * (2 * item + 4)
+    # A slab's k, v, mixed and their gradients, o, do; q and do of each member; keys turned, and dq.
+    kept = (8 + 2 * members) * length * item + 2 * length * 4 + filled * (item + 4)
+    deltas = -(-members // 8) * 8 * filled * 4
+    slabs = slabs_together(cut, size.slab_heads, size.length) * (lanes * kept + deltas)
+    # Two lots of two squares.
+    lots = 4 * LANES * max(_LOT_TILES * LANES, filled) * item
+    ids = cut.rows * length * LANES * 4
+    return operands + squares + slabs + lots + ids
+
+
+def rounded_rows(rows: int) -> int:
+    """So many that they fill tiles of memory, of any of the dtypes."""
+    return -(-rows // 32) * 32
+
+
+def slabs_together(cut: Cut, slab_heads: int, length: int) -> int:
+    """Slabs of a program that are computed at once."""
+    slabs, blocks = cut.rows // cut.packed, -(-length // LANES)
+    tiles = cut.packed * slab_heads * blocks * (blocks + 1) // 2
+    most = max(1, _GROUP_TILES // tiles)
+    return next(count for count in range(min(most, slabs), 0, -1) if slabs % count == 0)
 
 
 def rows_of_program(batch: int, length: int) -> int:
@@ -193,10 +211,6 @@ def rows_of_slab(rows: int, lanes: int, length: int) -> int:
     if length > _PACKED_UP_TO:
         return 1
     return next(count for count in (8, 4, 2, 1) if count * lanes <= LANES and rows % count == 0)
-
-
-def _tiles(length: int) -> list[int]:
-    return [key for _, end in query_blocks(length) for key in range(0, end, LANES)]
 
 
 def query_blocks(length: int) -> list[tuple[int, int]]:
@@ -214,28 +228,22 @@ class Place(NamedTuple):
 
     @property
     def stop(self) -> int:
-        return self.first + _rows(self.queries[1])
-
-
-def _rows(keys: int) -> int:
-    """Of a square, so that the next one begins at a tile of memory."""
-    return -(-keys // 32) * 32
+        return self.first + rounded_rows(self.queries[1])
 
 
 def lots_of_jobs(spec: Spec) -> list[list[Place]]:
     """The jobs of a group, in lots that go through the stages together."""
-    lots: list[list[Place]] = [[]]
-    tiles = 0
-    for queries in query_blocks(spec.length):
-        for slab, member in itertools.product(range(spec.together), range(len(spec.members))):
-            mine = -(-queries[1] // LANES)
-            if lots[-1] and tiles + mine > _LOT_TILES:
-                lots.append([])
-            if not lots[-1]:
-                tiles = 0
-            tiles += mine
-            lot = lots[-1]
-            lot.append(Place(slab, member, queries, len(lot), lot[-1].stop if lot else 0))
+    jobs = list(
+        itertools.product(query_blocks(spec.length), range(spec.together), range(len(spec.members)))
+    )
+    most = _LOT_TILES if spec.slab_heads == 1 else _LOT_TILES_OF_HEADS
+    lots = []
+    for lot in in_lots(jobs, lambda job: -(-job[0][1] // LANES), most):
+        places: list[Place] = []
+        for queries, slab, member in lot:
+            first = places[-1].stop if places else 0
+            places.append(Place(slab, member, queries, len(places), first))
+        lots.append(places)
     return lots
 
 

@@ -13,10 +13,19 @@ Logits are held transposed, keys down and queries along the lanes: the statistic
 then rows, which reduce and broadcast over sublanes, and every product that backward needs is a
 plain one or has a narrow operand transposed, never a square one.
 
-A *slab* is an array [length, lanes] of what is computed at once: some heads of a batch row side by
-side in the lanes, or of several batch rows where one fills less than half of them. Its *members*
-share a product where their operator is the same; in the logits a member is picked by zeroing the
-other lanes of one operand, which costs the MXU nothing below 128 lanes and moves no lanes.
+A *slab* is an array [length, lanes]: some heads of a batch row side by side in the lanes, or of
+several batch rows where one fills less than half of them. Its *members* share a product where their
+operator is the same; in the logits a member is picked by zeroing the other lanes of one operand,
+which costs the MXU nothing below 128 lanes and moves no lanes.
+
+The slabs of a *group* are computed at once, in stages that hand over through VMEM. A product comes
+out of the matrix unit some hundred cycles after its operands went in, as long as a tile takes by
+itself; so a stage is for many tiles, none of which waits for another, and keeps little in registers
+for each: forward logits with their maxima, then weights with their sums, then one product along all
+keys; backward both squares, then the products with them. A row of weights is whole in VMEM, and
+nothing is rescaled as more keys come. Where a lot of tiles is in one stage, the next lot is in the
+stage before. The compiler would begin everything as early as it can and spill; conditions that it
+cannot see through hold it back (`Group.alone`).
 """
 
 from collections.abc import Callable
