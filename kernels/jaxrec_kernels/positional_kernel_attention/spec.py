@@ -18,11 +18,9 @@ _PACKED_UP_TO = 256  # longer rows are not put side by side
 # How much is in a region that the compiler schedules by itself: more takes fewer cycles, since what
 # a product waits for is then hidden by others, until registers are spilled. By its schedules for
 # v5e and v6e.
-_GROUP_TILES = 48  # of weights, in slabs that are computed at once
-_LOT_TILES, _LOT_TILES_OF_HEADS = (
-    8,
-    7,
-)  # of weights, in a lot; heads of a row share masks, which stay
+_GROUP_TILES = 32  # of weights, in slabs that are computed at once
+# Of weights, in a lot; the second where heads of a row share masks, which stay in registers.
+_LOT_TILES, _LOT_TILES_OF_HEADS = 8, 7
 BLOCKS = 4  # of a row's slots, which are read or written
 # Of operators: where each batch row of a slab has its own mask; where all have the same, of several
 # slabs; and otherwise.
