@@ -12,7 +12,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxrec_kernels import LANES
 from jaxrec_kernels.attention_tile import zeroed
 from jaxrec_kernels.positional_kernel_attention.spec import (
-    BLOCKS,
+    SLOTS,
     Member,
     Spec,
     in_lots,
@@ -129,7 +129,11 @@ class Group:
             for slab, rows in lot:
                 run(slab, slice(*rows))
 
-        for lot in in_lots(blocks, lambda _: self.spec.packed, BLOCKS):
+        def slots(block: tuple[Slab, tuple[int, int]]) -> int:
+            start, stop = block[1]
+            return self.spec.packed * (stop - start)
+
+        for lot in in_lots(blocks, slots, SLOTS):
             self.alone(functools.partial(some, lot))
 
 

@@ -21,13 +21,13 @@ _PACKED_UP_TO = 256  # longer rows are not put side by side
 _GROUP_TILES = 32  # of weights, in slabs that are computed at once
 # Of weights, in a lot; the second where heads of a row share masks, which stay in registers.
 _LOT_TILES, _LOT_TILES_OF_HEADS = 8, 7
-BLOCKS = 4  # of a row's slots, which are read or written
+SLOTS = 512  # of batch rows, that are read or written
 # Of operators: where each batch row of a slab has its own mask; where all have the same, of several
 # slabs; and otherwise.
 MIX_TILES, MIX_TILES_OF_SLABS, MIX_TILES_ALONE = 16, 12, 4
 PRODUCT_TILES = 4  # of a product along one axis of an operator
 # Of operators' gradients, likewise; and how many products are summed for a tile.
-GRADIENT_TILES, GRADIENT_TILES_OF_SLABS, GRADIENT_PARTS = 4, 8, 2
+GRADIENT_TILES, GRADIENT_TILES_OF_SLABS, GRADIENT_PARTS = 4, 6, 2
 
 
 class Spec(NamedTuple):
