@@ -21,6 +21,18 @@ def dot(a: Array, b: Array, contract: tuple[int, int]) -> Array:
     return lax.dot_general(a, b, dims, preferred_element_type=_F32)
 
 
+def zeroed(mask: Array, x: Array) -> Array:
+    """`x` where the mask is true, zero elsewhere, of a number or not; the mask may broadcast.
+
+    Numbers of 16 bits are cut out as bits: a selection would have them apart and together again.
+    """
+    if x.dtype.itemsize != 2:
+        return jnp.where(mask, x, jnp.zeros((), x.dtype))
+    ones = jnp.where(mask, -1, 0).astype(jnp.int16)
+    bits = lax.bitcast_convert_type(x, jnp.int16)
+    return lax.bitcast_convert_type(bits & ones, x.dtype)
+
+
 def logits_of(key: Array, query: Array, factor: float, mask: Array | None) -> Array:
     """float32[keys, queries], in units of log 2."""
     logits = dot(key, query, (1, 1))

@@ -12,6 +12,7 @@ from jax import Array
 from jax.experimental.pallas import tpu as pltpu
 
 from jaxrec_kernels import LANES
+from jaxrec_kernels.attention_tile import zeroed
 
 # The id of no sequence: the slot is padding.
 NOBODY = -(2**31)
@@ -20,6 +21,13 @@ NOBODY = -(2**31)
 def down_buffer(slots: int) -> Any:
     """Scratch memory for `SlotIds.down`."""
     return pltpu.VMEM((slots, LANES), jnp.int32)
+
+
+def fill_down(along: Any, down: Any, slots: slice) -> None:
+    """`SlotIds.down` of several rows, int32[rows, all, LANES], from their ids [rows, all]."""
+    turned = jnp.transpose(along[:, slots])
+    for row in range(along.shape[0]):
+        down[row, slots] = jnp.broadcast_to(turned[:, row : row + 1], (turned.shape[0], LANES))
 
 
 class SlotIds(NamedTuple):
@@ -41,7 +49,7 @@ class SlotIds(NamedTuple):
 
     def clean(self, x: Array, rows: slice = slice(None)) -> Array:
         """[rows, lanes], zero where there is nobody."""
-        return jnp.where(self.spread(rows, x.shape[1]) != NOBODY, x, jnp.zeros((), x.dtype))
+        return zeroed(self.spread(rows, x.shape[1]) != NOBODY, x)
 
 
 def same(down: SlotIds, rows: slice, along: SlotIds, columns: slice) -> Array:

@@ -8,9 +8,21 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxrec_kernels import LANES
-from jaxrec_kernels.attention_tile import LOG2E, dot
-from jaxrec_kernels.positional_kernel_attention.slab import Slab, kept, only
-from jaxrec_kernels.positional_kernel_attention.spec import Member, Mix, query_blocks
+from jaxrec_kernels.attention_tile import LOG2E, dot, zeroed
+from jaxrec_kernels.positional_kernel_attention.slab import Group, Slab, only
+from jaxrec_kernels.positional_kernel_attention.spec import (
+    GRADIENT_PARTS,
+    GRADIENT_TILES,
+    GRADIENT_TILES_OF_SLABS,
+    MIX_TILES,
+    MIX_TILES_ALONE,
+    MIX_TILES_OF_SLABS,
+    PRODUCT_TILES,
+    Member,
+    Mix,
+    in_lots,
+    query_blocks,
+)
 from jaxrec_kernels.slot_ids import SlotIds, same
 
 _F32 = jnp.float32
@@ -27,7 +39,7 @@ class _Operator(NamedTuple):
         if self.ids is None:
             return part
         mine = same(self.ids, slice(*rows), self.ids, slice(*columns))
-        return jnp.where(mine, part, jnp.zeros((), part.dtype))
+        return zeroed(mine, part)
 
 
 def _operators(slab: Slab, mix: Mix) -> list[_Operator]:
@@ -48,53 +60,96 @@ def _first_column(start: int, band: int) -> int:
     return max(0, (start - band + 1) // LANES * LANES)
 
 
-Put = Callable[[slice, Array], None]
+Put = Callable[[Slab, slice, Array], None]
 
 
-def mix(slab: Slab, mix: Mix, table: Any, x: Any, put: Put) -> None:
-    """Hands over float32 rows of `out[j] = sum_{k <= j} T[j, k] x[k]`, a block at a time."""
-    for rows in query_blocks(slab.spec.length):
-        columns = (_first_column(rows[0], mix.band), rows[1])
-        slab.alone(functools.partial(_product, slab, mix, table, x, put, rows, columns))
+class Mixing(NamedTuple):
+    """One mix of a group's arrays."""
+
+    mix: Mix
+    table: str  # [groups, length, length]
+    x: str  # a slab's buffer of what is mixed
+    put: Put  # takes float32 rows of the result
 
 
-def mix_turned(slab: Slab, mix: Mix, table: Any, g: Any, put: Put) -> None:
-    """The same of `out[k] = sum_{j >= k} T[j, k] g[j]`; `table` is T transposed."""
-    length = slab.spec.length
-    for rows in query_blocks(length):
-        columns = (rows[0], min(length, -(-(rows[1] + mix.band - 1) // LANES) * LANES))
-        run = functools.partial(_product, slab, mix, table, g, put, rows, columns)
-        slab.alone(run, unless=slab.spec.packed > 1)
+def _blocks(group: Group) -> list[tuple[Slab, tuple[int, int]]]:
+    return [(slab, rows) for rows in query_blocks(group.spec.length) for slab in group.slabs]
 
 
-def _product(
-    slab: Slab,
-    mix: Mix,
-    table: Any,
-    x: Any,
-    put: Put,
-    rows: tuple[int, int],
-    columns: tuple[int, int],
-) -> None:
-    parts = []
-    for operator in _operators(slab, mix):
-        part = operator.masked(table[operator.table, slice(*rows), slice(*columns)], rows, columns)
-        parts.append(only(slab.spec, operator.members, dot(part, x[slice(*columns)], (1, 0))))
-    put(slice(*rows), functools.reduce(jnp.add, parts))
+def _mix(group: Group, mixings: list[Mixing], *, turned: bool = False) -> None:
+    """Hands over rows of `out[j] = sum_{k <= j} T[j, k] x[k]`, a block at a time.
+
+    `turned`: of `out[k] = sum_{j >= k} T[j, k] x[j]`; the table is then T transposed.
+    """
+    length = group.spec.length
+
+    def columns(mix: Mix, rows: tuple[int, int]) -> tuple[int, int]:
+        if turned:
+            return (rows[0], min(length, -(-(rows[1] + mix.band - 1) // LANES) * LANES))
+        return (_first_column(rows[0], mix.band), rows[1])
+
+    for mixing in mixings:
+        jobs = [(slab, rows, columns(mixing.mix, rows)) for slab, rows in _blocks(group)]
+
+        def size(job: Any, mix: Mix = mixing.mix) -> int:
+            slab, _, cut = job
+            return len(_operators(slab, mix)) * len(_tiles(cut))
+
+        def run(lot: list[Any], mixing: Mixing = mixing) -> None:
+            for job in lot:
+                _product(mixing, *job)
+
+        one = len(_operators(group.slabs[0], mixing.mix)) == 1
+        most = MIX_TILES
+        if one:
+            several = len(group.slabs) > 1 and not turned
+            most = MIX_TILES_OF_SLABS if several else MIX_TILES_ALONE
+        for lot in in_lots(jobs, size, most):
+            group.alone(functools.partial(run, lot))
 
 
-def add_table_gradient(slab: Slab, mix: Mix, out: Any, x: Any, g: Any) -> None:
-    """Adds `dT[j, k] = <g[j], x[k]>` for the entries within the band, a block of rows at a time."""
+def _tiles(columns: tuple[int, int]) -> list[tuple[int, int]]:
+    start, stop = columns
+    return [(first, min(first + LANES, stop)) for first in range(start, stop, LANES)]
 
-    def add(rows: tuple[int, int], columns: tuple[int, int], operator: _Operator) -> None:
-        mine = only(slab.spec, operator.members, g[slice(*rows)])
-        part = operator.masked(dot(mine, x[slice(*columns)], (1, 1)), rows, columns)
-        out[operator.table, slice(*rows), slice(*columns)] += part
 
-    for rows in query_blocks(slab.spec.length):
-        columns = (_first_column(rows[0], mix.band), rows[1])
-        for operator in _operators(slab, mix):
-            slab.alone(functools.partial(add, rows, columns, operator), unless=slab.spec.packed > 1)
+def _product(mixing: Mixing, slab: Slab, rows: tuple[int, int], columns: tuple[int, int]) -> None:
+    parts, x = [], slab.own(mixing.x)
+    table = slab.refs[mixing.table]
+    for operator in _operators(slab, mixing.mix):
+        products = []
+        for start in range(*columns, PRODUCT_TILES * LANES):
+            some = (start, min(start + PRODUCT_TILES * LANES, columns[1]))
+            part = table[operator.table, slice(*rows), slice(*some)]
+            products.append(dot(operator.masked(part, rows, some), x[slice(*some)], (1, 0)))
+        parts.append(only(slab.spec, operator.members, functools.reduce(jnp.add, products)))
+    mixing.put(slab, slice(*rows), functools.reduce(jnp.add, parts))
+
+
+class _Gradient(NamedTuple):
+    """A block of rows of an operator's gradient."""
+
+    mix: Mix
+    name: str
+    g: str
+    x: str
+    table: int
+    rows: tuple[int, int]
+    columns: tuple[int, int]
+    slabs: list[Slab]
+
+    def add(self, group: Group) -> None:
+        """Adds `dT[j, k] = <g[j], x[k]>`."""
+        rows, out = slice(*self.rows), group.refs[self.name]
+        for tile in _tiles(self.columns):
+            parts = []
+            for slab in self.slabs:
+                g, x = slab.own(self.g)[rows], slab.own(self.x)[slice(*tile)]
+                for operator in _operators(slab, self.mix):
+                    if operator.table == self.table:
+                        products = dot(only(slab.spec, operator.members, g), x, (1, 1))
+                        parts.append(operator.masked(products, self.rows, tile))
+            out[self.table, rows, slice(*tile)] += functools.reduce(jnp.add, parts)
 
 
 class Mixed(NamedTuple):
@@ -103,44 +158,95 @@ class Mixed(NamedTuple):
     factor: float  # what products with the keys must still be multiplied by
 
 
-def mix_both(slab: Slab, k: Any, v: Any) -> Mixed:
-    spec = slab.spec
-    key, value, factor = k, v, spec.scale * LOG2E
+def mix_both(group: Group) -> dict[Slab, Mixed]:
+    spec = group.spec
+    key, value, factor = "k", "v", spec.scale * LOG2E
+    mixings = []
     if spec.logits.groups:
-        key = slab.refs[kept("key")]
+        key, factor = "key", 1.0
 
-        def put_key(rows: slice, mixed: Array) -> None:
+        def put_key(slab: Slab, rows: slice, mixed: Array) -> None:
             # Before they are rounded, so that the factor costs neither digits nor a pass.
-            key[rows] = (mixed * _F32(spec.scale * LOG2E)).astype(key.dtype)
+            keys = slab.own("key")
+            keys[rows] = (mixed * _F32(spec.scale * LOG2E)).astype(keys.dtype)
 
-        mix(slab, spec.logits, slab.refs["logit_table"], k, put_key)
-        factor = 1.0
+        mixings.append(Mixing(spec.logits, "logit_table", "k", put_key))
     if spec.values.groups:
-        value = slab.refs[kept("value")]
+        value = "value"
 
-        def put_value(rows: slice, mixed: Array) -> None:
-            value[rows] = mixed.astype(value.dtype)
+        def put_value(slab: Slab, rows: slice, mixed: Array) -> None:
+            values = slab.own("value")
+            values[rows] = mixed.astype(values.dtype)
 
-        mix(slab, spec.values, slab.refs["value_table"], v, put_value)
-    return Mixed(key, value, factor)
+        mixings.append(Mixing(spec.values, "value_table", "v", put_value))
+    _mix(group, mixings)
+    return {slab: Mixed(slab.own(key), slab.own(value), factor) for slab in group.slabs}
 
 
-def backward_mix(
-    slab: Slab, name: str, mix: Mix, x: Any, sums: Any, factor: float, result: str
-) -> None:
-    """From the gradient of a mixed array, in `sums`, to those of the array and its operator."""
-    g = slab.refs[kept("g")]
-    for queries in query_blocks(slab.spec.length):
-        rows = slice(*queries)
-        part = sums[rows] if factor == 1.0 else sums[rows] * _F32(factor)
-        if mix.groups:
-            g[rows] = part.astype(g.dtype)
-        else:
+def backward_mix(group: Group) -> None:
+    """From the gradients of mixed arrays to those of the arrays and the operators."""
+    spec = group.spec
+    both = (
+        (spec.logits, "logit", "d_key", spec.scale, "k", "dk"),
+        (spec.values, "value", "d_value", 1.0, "v", "dv"),
+    )
+
+    def round_or_write() -> None:
+        for mix, name, sums, factor, _, result in both:
+            for slab, queries in _blocks(group):
+                rows = slice(*queries)
+                part = slab.own(sums)[rows]
+                if factor != 1.0:
+                    part = part * _F32(factor)
+                if mix.groups:
+                    g = slab.own(f"g_{name}")
+                    g[rows] = part.astype(g.dtype)
+                else:
+                    slab.write(result, part, rows)
+
+    group.alone(round_or_write)
+    mixings, gradients = [], []
+    for mix, name, _, _, x, result in both:
+        if not mix.groups:
+            continue
+
+        def put(slab: Slab, rows: slice, part: Array, result: str = result) -> None:
             slab.write(result, part, rows)
-    if mix.groups:
 
-        def put(rows: slice, part: Array) -> None:
-            slab.write(result, part, rows)
+        def operators(slab: Slab, mix: Mix = mix) -> int:
+            return len(_operators(slab, mix))
 
-        mix_turned(slab, mix, slab.refs[f"{name}_table_turned"], g, put)
-        add_table_gradient(slab, mix, slab.refs[f"d_{name}_table"], x, g)
+        mixings.append(Mixing(mix, f"{name}_table_turned", f"g_{name}", put))
+        gradients += [
+            _Gradient(
+                mix,
+                f"d_{name}_table",
+                f"g_{name}",
+                x,
+                table,
+                rows,
+                (_first_column(rows[0], mix.band), rows[1]),
+                slabs,
+            )
+            for slabs in in_lots(group.slabs, operators, GRADIENT_PARTS)
+            for rows in query_blocks(spec.length)
+            for table in range(mix.groups)
+        ]
+    _mix(group, mixings, turned=True)
+
+    def add(lot: list[_Gradient]) -> None:
+        for gradient in lot:
+            gradient.add(group)
+
+    def parts(gradient: _Gradient) -> int:
+        operators = len(_operators(group.slabs[0], gradient.mix)) // gradient.mix.groups
+        return len(gradient.slabs) * operators
+
+    def size(gradient: _Gradient) -> int:
+        return parts(gradient) * len(_tiles(gradient.columns))
+
+    most = GRADIENT_TILES
+    if spec.packed == 1:
+        most = GRADIENT_TILES_OF_SLABS if len(group.slabs) > 1 else MIX_TILES
+    for lot in in_lots(gradients, size, most):
+        group.alone(functools.partial(add, lot))

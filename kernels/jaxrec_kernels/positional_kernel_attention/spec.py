@@ -1,6 +1,7 @@
 """What is static in a call of the kernel, and how it is cut."""
 
 import itertools
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -14,8 +15,19 @@ VMEM_BYTES = 64 << 20
 SPARE_BYTES = 8 << 20
 _ROWS = 8  # batch rows of a program at most
 _PACKED_UP_TO = 256  # longer rows are not put side by side
-_SHORT = 64
-_TILES_TOGETHER = 2  # of keys: more take fewer cycles, and spill
+# How much is in a region that the compiler schedules by itself: more takes fewer cycles, since what
+# a product waits for is then hidden by others, until registers are spilled. By its schedules for
+# v5e and v6e.
+_GROUP_TILES = 32  # of weights, in slabs that are computed at once
+# Of weights, in a lot; the second where heads of a row share masks, which stay in registers.
+_LOT_TILES, _LOT_TILES_OF_HEADS = 8, 7
+SLOTS = 512  # of batch rows, that are read or written
+# Of operators: where each batch row of a slab has its own mask; where all have the same, of several
+# slabs; and otherwise.
+MIX_TILES, MIX_TILES_OF_SLABS, MIX_TILES_ALONE = 16, 12, 4
+PRODUCT_TILES = 4  # of a product along one axis of an operator
+# Of operators' gradients, likewise; and how many products are summed for a tile.
+GRADIENT_TILES, GRADIENT_TILES_OF_SLABS, GRADIENT_PARTS = 4, 6, 2
 
 
 class Spec(NamedTuple):
@@ -45,9 +57,9 @@ class Spec(NamedTuple):
         return self.packed * self.block_lanes
 
     @property
-    def short(self) -> bool:
-        """Whether the tiles of two members fit the registers."""
-        return self.length <= _SHORT
+    def together(self) -> int:
+        """Slabs that are computed at once."""
+        return slabs_together(Cut(self.rows, self.packed), self.slab_heads, self.length)
 
     @property
     def members(self) -> list["Member"]:
@@ -154,17 +166,36 @@ def cut_for(size: Size) -> Cut:
 
 def vmem_bytes(size: Size, cut: Cut) -> int:
     """Of the backward kernel, which takes more than the forward one."""
-    length = -(-size.length // 16) * 16
+    length, item = rounded_rows(size.length), size.itemsize
     wide = -(-size.slab_heads * size.head_dim // LANES) * LANES
     lanes = -(-cut.packed * size.slab_heads * size.head_dim // LANES) * LANES
     filled = -(-size.length // LANES) * LANES
+    members = cut.packed * size.slab_heads
     # Operands are there twice, one for the next program: q, k, v, o, do and dq, dk, dv.
-    operands = 2 * cut.rows * (8 * length * wide * size.itemsize + 2 * 8 * filled * 4)
+    operands = 2 * cut.rows * (8 * length * wide * item + 2 * 8 * filled * 4)
     # Operators as they are and turned, and their gradients in float32.
-    squares = 2 * size.groups * length * filled * (2 * size.itemsize + 4)
-    kept = lanes * (8 * length * size.itemsize + 2 * length * 4 + filled * size.itemsize)
-    ids = cut.packed * length * LANES * 4
-    return operands + squares + kept + ids + lanes * LANES * 4
+    squares = 2 * size.groups * length * filled * (2 * item + 4)
+    # A slab's k, v, mixed and their gradients, o, do; q and do of each member; keys turned, and dq.
+    kept = (8 + 2 * members) * length * item + 2 * length * 4 + filled * (item + 4)
+    deltas = -(-members // 8) * 8 * filled * 4
+    slabs = slabs_together(cut, size.slab_heads, size.length) * (lanes * kept + deltas)
+    # Two lots of two squares.
+    lots = 4 * LANES * max(_LOT_TILES * LANES, filled) * item
+    ids = cut.rows * length * LANES * 4
+    return operands + squares + slabs + lots + ids
+
+
+def rounded_rows(rows: int) -> int:
+    """So many that they fill tiles of memory, of any of the dtypes."""
+    return -(-rows // 32) * 32
+
+
+def slabs_together(cut: Cut, slab_heads: int, length: int) -> int:
+    """Slabs of a program that are computed at once."""
+    slabs, blocks = cut.rows // cut.packed, -(-length // LANES)
+    tiles = cut.packed * slab_heads * blocks * (blocks + 1) // 2
+    most = max(1, _GROUP_TILES // tiles)
+    return next(count for count in range(min(most, slabs), 0, -1) if slabs % count == 0)
 
 
 def rows_of_program(batch: int, length: int) -> int:
@@ -184,7 +215,44 @@ def query_blocks(length: int) -> list[tuple[int, int]]:
     return [(start, min(start + LANES, length)) for start in range(0, length, LANES)]
 
 
-def key_tiles(end: int) -> list[list[tuple[int, int]]]:
-    """The tiles of the keys before `end`, in lots that are scheduled as one."""
-    tiles = query_blocks(end)
-    return [tiles[i : i + _TILES_TOGETHER] for i in range(0, len(tiles), _TILES_TOGETHER)]
+class Place(NamedTuple):
+    """A job of a lot: one member's block of queries, and where the lot has room for it."""
+
+    slab: int
+    member: int
+    queries: tuple[int, int]
+    number: int  # in its lot
+    first: int  # row of the lot's squares
+
+    @property
+    def stop(self) -> int:
+        return self.first + rounded_rows(self.queries[1])
+
+
+def lots_of_jobs(spec: Spec) -> list[list[Place]]:
+    """The jobs of a group, in lots that go through the stages together."""
+    jobs = list(
+        itertools.product(query_blocks(spec.length), range(spec.together), range(len(spec.members)))
+    )
+    most = _LOT_TILES if spec.slab_heads == 1 else _LOT_TILES_OF_HEADS
+    lots = []
+    for lot in in_lots(jobs, lambda job: -(-job[0][1] // LANES), most):
+        places: list[Place] = []
+        for queries, slab, member in lot:
+            first = places[-1].stop if places else 0
+            places.append(Place(slab, member, queries, len(places), first))
+        lots.append(places)
+    return lots
+
+
+def in_lots(jobs: list[Any], size: Callable[[Any], int], most: int) -> list[list[Any]]:
+    """Jobs one after another in lots that are no larger than `most`, if no job is."""
+    lots: list[list[Any]] = []
+    total = 0
+    for job in jobs:
+        if not lots or total + size(job) > most:
+            lots.append([])
+            total = 0
+        lots[-1].append(job)
+        total += size(job)
+    return lots

@@ -13,10 +13,19 @@ Logits are held transposed, keys down and queries along the lanes: the statistic
 then rows, which reduce and broadcast over sublanes, and every product that backward needs is a
 plain one or has a narrow operand transposed, never a square one.
 
-A *slab* is an array [length, lanes] of what is computed at once: some heads of a batch row side by
-side in the lanes, or of several batch rows where one fills less than half of them. Its *members*
-share a product where their operator is the same; in the logits a member is picked by zeroing the
-other lanes of one operand, which costs the MXU nothing below 128 lanes and moves no lanes.
+A *slab* is an array [length, lanes]: some heads of a batch row side by side in the lanes, or of
+several batch rows where one fills less than half of them. Its *members* share a product where their
+operator is the same; in the logits a member is picked by zeroing the other lanes of one operand,
+which costs the MXU nothing below 128 lanes and moves no lanes.
+
+The slabs of a *group* are computed at once, in stages that hand over through VMEM. A product comes
+out of the matrix unit some hundred cycles after its operands went in, as long as a tile takes by
+itself; so a stage is for many tiles, none of which waits for another, and keeps little in registers
+for each: forward logits with their maxima, then weights with their sums, then one product along all
+keys; backward both squares, then the products with them. A row of weights is whole in VMEM, and
+nothing is rescaled as more keys come. Where a lot of tiles is in one stage, the next lot is in the
+stage before. The compiler would begin everything as early as it can and spill; conditions that it
+cannot see through hold it back (`Group.alone`).
 """
 
 from collections.abc import Callable
@@ -30,8 +39,8 @@ from jax.experimental.pallas import tpu as pltpu
 
 from jaxrec_kernels import compat
 from jaxrec_kernels.attention_dropout import seed_words
-from jaxrec_kernels.positional_kernel_attention.attention import backward_slab, forward_slab
-from jaxrec_kernels.positional_kernel_attention.slab import Slab, buffers
+from jaxrec_kernels.positional_kernel_attention.attention import backward_group, forward_group
+from jaxrec_kernels.positional_kernel_attention.slab import Group, Slab, buffers, fill_ids
 from jaxrec_kernels.positional_kernel_attention.spec import (
     BACKWARD,
     FORWARD,
@@ -119,8 +128,10 @@ class _Operands:
 
     def ids(self, value: Array | None) -> None:
         if value is not None:
-            shape = (self.spec.rows, 1, self.spec.length)
-            self.add("ids", value[:, None], pl.BlockSpec(shape, lambda slab, row: (row, 0, 0)))
+            spec = self.spec
+            shape = (None, spec.rows, spec.length)
+            programs = value.reshape(-1, spec.rows, spec.length)
+            self.add("ids", programs, pl.BlockSpec(shape, lambda slab, row: (row, 0, 0)))
 
     def seeds(self, value: Array | None) -> None:
         if value is not None:
@@ -207,7 +218,7 @@ def forward(
     made.statistics("lse", jax.ShapeDtypeStruct(_statistics_shape(spec), _F32))
 
     def body(refs: dict[str, Any]) -> None:
-        _each_slab(spec, refs, forward_slab)
+        _each_group(spec, refs, forward_group)
 
     out, lse = _call(
         spec,
@@ -273,7 +284,7 @@ def backward(
                 if table.shape[0] == 1:
                     first = first & (pl.program_id(0) == 0)
                 _zero_when(first, refs[f"d_{name}_table"])
-        _each_slab(spec, refs, backward_slab)
+        _each_group(spec, refs, backward_group)
 
     results = _call(
         spec,
@@ -301,20 +312,25 @@ def _zero_when(condition: Any, ref: Any) -> None:
         ref[...] = jnp.zeros_like(ref)
 
 
-def _each_slab(spec: Spec, refs: dict[str, Any], one: Callable[[Slab], None]) -> None:
+def _each_group(spec: Spec, refs: dict[str, Any], one: Callable[[Group], None]) -> None:
     """Runs `one` on all slabs of the program."""
     first_head = pl.program_id(0) * spec.slab_heads
     first_row = pl.program_id(1) * spec.rows
 
-    def some(number: Any) -> None:
-        row = number * spec.packed
-        one(Slab(spec, refs, first_head, row, first_row + row))
+    def slab(first: Any, number: int) -> Slab:
+        row = (first + number) * spec.packed
+        return Slab(spec, refs, number, first_head, row, first_row + row)
 
-    slabs = spec.rows // spec.packed
-    if slabs == 1:
+    def some(number: Any) -> None:
+        first = number * spec.together
+        one(Group(spec, refs, [slab(first, i) for i in range(spec.together)]))
+
+    fill_ids(spec, refs)
+    groups = spec.rows // spec.packed // spec.together
+    if groups == 1:
         some(0)
     else:
-        lax.fori_loop(0, slabs, lambda i, _: some(i), None)
+        lax.fori_loop(0, groups, lambda i, _: some(i), None)
 
 
 def _as(dtype: Any, table: Array | None) -> Array | None:

@@ -27,25 +27,35 @@ def measured(shape, chip):
     )
 
 
-@pytest.mark.parametrize(
-    ("shape", "chip"),
-    [("n50", "v5e"), ("n200", "v6e"), ("n200-heads", "v5e"), ("n200-heads", "v6e")],
-)
+@pytest.mark.parametrize("chip", ["v5e", "v6e"])
+@pytest.mark.parametrize("shape", ["n50", "n200", "n200-heads"])
 def test_packed_rows_fit_the_registers(shape, chip):
     assert measured(shape, chip)["spills"] == 0
 
 
-def test_two_hundred_events_beside_the_composed_form():
-    """The issue's bar: three quarters of the stored cycles of XLA's form, and no spills."""
+def composed(shape):
+    """Stored cycles of XLA's form on a v5e, forward and backward."""
     stored = json.loads((RESULTS / "tpu_aot-positional_kernel_attention.json").read_text())
-    composed = next(
+    return next(
         row["xla"]["cycles"]
         for row in stored["rows"]
-        if (row["shape"], row["direction"], row["chip"]) == ("n200", "forward+backward", "v5e")
+        if (row["shape"], row["direction"], row["chip"]) == (shape, "forward+backward", "v5e")
     )
-    kernel = measured("n200", "v5e")
+
+
+@pytest.mark.parametrize(
+    ("shape", "share"), [("n50", 0.63), ("n200", 0.5), ("n200-heads", 0.8), ("n1024", 0.75)]
+)
+def test_cycles_beside_the_composed_form(shape, share):
+    """The issue's bar is three quarters at two hundred events."""
+    kernel = measured(shape, "v5e")
     assert kernel["spills"] == 0
-    assert kernel["cycles"] < 0.75 * composed
+    assert kernel["cycles"] < share * composed(shape)
+
+
+def test_a_thousand_events_on_a_wider_matrix_unit():
+    """Some registers are spilled there, in single products with an operator."""
+    assert measured("n1024", "v6e")["spills"] <= 54
 
 
 def test_a_thousand_events_take_longer_than_their_operators():
@@ -53,7 +63,7 @@ def test_a_thousand_events_take_longer_than_their_operators():
     found = measured("n1024", "v5e")
     kernels = sum(kernel["cycles"] for kernel in found["kernels"].values())
     assert found["spills"] == 0
-    assert found["cycles"] < 1.15 * kernels
+    assert found["cycles"] - kernels < 0.11 * composed("n1024")
 
 
 def test_eight_thousand_events_beside_the_matrix_unit():
