@@ -24,9 +24,10 @@ def down_buffer(slots: int) -> Any:
 
 
 def fill_down(along: Any, down: Any, slots: slice) -> None:
-    """`SlotIds.down` of several rows, int32[rows, all, LANES], from their ids [rows, all]."""
-    turned = jnp.transpose(along[:, slots])
-    for row in range(along.shape[0]):
+    """`SlotIds.down` of several rows, int32[rows, all, LANES], from their ids [rows, 1, all]."""
+    rows = range(along.shape[0])
+    turned = jnp.transpose(jnp.concatenate([along[row, :, slots] for row in rows], axis=0))
+    for row in rows:
         down[row, slots] = jnp.broadcast_to(turned[:, row : row + 1], (turned.shape[0], LANES))
 
 

@@ -44,7 +44,7 @@ class Slab:
         self.ids = [self._ids(row) if spec.masked else None for row in rows]
 
     def _ids(self, row: Any) -> SlotIds:
-        return SlotIds(self.refs["ids"].at[pl.ds(row, 1)], self.refs["ids_down"].at[row])
+        return SlotIds(self.refs["ids"].at[row], self.refs["ids_down"].at[row])
 
     def own(self, name: str) -> Any:
         """Its buffer of this name."""

@@ -128,10 +128,8 @@ class _Operands:
 
     def ids(self, value: Array | None) -> None:
         if value is not None:
-            spec = self.spec
-            shape = (None, spec.rows, spec.length)
-            programs = value.reshape(-1, spec.rows, spec.length)
-            self.add("ids", programs, pl.BlockSpec(shape, lambda slab, row: (row, 0, 0)))
+            shape = (self.spec.rows, 1, self.spec.length)
+            self.add("ids", value[:, None], pl.BlockSpec(shape, lambda slab, row: (row, 0, 0)))
 
     def seeds(self, value: Array | None) -> None:
         if value is not None:
