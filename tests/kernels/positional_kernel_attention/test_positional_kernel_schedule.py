@@ -27,12 +27,6 @@ def measured(shape, chip):
     )
 
 
-@pytest.mark.parametrize("chip", ["v5e", "v6e"])
-@pytest.mark.parametrize("shape", ["n50", "n200", "n200-heads"])
-def test_packed_rows_fit_the_registers(shape, chip):
-    assert measured(shape, chip)["spills"] == 0
-
-
 def composed(shape):
     """Stored cycles of XLA's form on a v5e, forward and backward."""
     stored = json.loads((RESULTS / "tpu_aot-positional_kernel_attention.json").read_text())
@@ -43,27 +37,25 @@ def composed(shape):
     )
 
 
-@pytest.mark.parametrize(
-    ("shape", "share"), [("n50", 0.63), ("n200", 0.5), ("n200-heads", 0.8), ("n1024", 0.75)]
-)
-def test_cycles_beside_the_composed_form(shape, share):
-    """The issue's bar is three quarters at two hundred events."""
-    kernel = measured(shape, "v5e")
-    assert kernel["spills"] == 0
-    assert kernel["cycles"] < share * composed(shape)
+# Registers spilled at most. At a thousand events on the wider matrix units of a v6e some are, in
+# single products with an operator.
+SPILLED = {("n1024", "v6e"): 54}
+# The issue's bar is three quarters at two hundred events.
+SHARE = {"n50": 0.63, "n200": 0.5, "n200-heads": 0.8, "n1024": 0.75}
 
 
-def test_a_thousand_events_on_a_wider_matrix_unit():
-    """Some registers are spilled there, in single products with an operator."""
-    assert measured("n1024", "v6e")["spills"] <= 54
-
-
-def test_a_thousand_events_take_longer_than_their_operators():
-    """Squares of taps, and sums along their diagonals, are not what the time goes to."""
-    found = measured("n1024", "v5e")
-    kernels = sum(kernel["cycles"] for kernel in found["kernels"].values())
-    assert found["spills"] == 0
-    assert found["cycles"] - kernels < 0.11 * composed("n1024")
+@pytest.mark.parametrize("chip", ["v5e", "v6e"])
+@pytest.mark.parametrize("shape", SHARE)
+def test_packed_rows(shape, chip):
+    """They fit the registers, and take few cycles beside the composed form."""
+    found = measured(shape, chip)
+    assert found["spills"] <= SPILLED.get((shape, chip), 0)
+    if chip == "v5e":
+        assert found["cycles"] < SHARE[shape] * composed(shape)
+    if (shape, chip) == ("n1024", "v5e"):
+        # Operators are made outside of the kernels, in far less time than those take.
+        kernels = sum(kernel["cycles"] for kernel in found["kernels"].values())
+        assert found["cycles"] - kernels < 0.11 * composed(shape)
 
 
 def test_eight_thousand_events_beside_the_matrix_unit():
