@@ -3,8 +3,8 @@
     jaxrec train experiments/sasrec_wide.py --data NAME --out runs/sasrec_wide
 
 All else is as in `sasrec.py`. On both sets Gusak et al. found this configuration to be the best of
-their 108 by validation. It takes four to six times the time of `sasrec.py`: minutes an epoch of
-MovieLens-1M on two CPU cores, so one wants a GPU or TPU there.
+their 108 by validation. On one CPU core an epoch of Beauty took some six times that of `sasrec.py`,
+so for larger sets one wants a GPU or TPU.
 """
 
 from dataclasses import replace
