@@ -164,6 +164,7 @@ def linear_cross_entropy(
       labels: integers [P], item ids from 0 to V - 1.
       bias: [V], float32 or bfloat16; the popularity of items, for example. -inf removes an
         item, unless labels are smoothed: their loss takes every item's logit, and is then infinite.
+        For the kernel every bias of -2^99 or less is -inf.
       valid: bool [P], by default all True. Where False the loss is 0 and nothing of that position,
         NaN included, reaches a result or a gradient; its label may be anything.
       label_smoothing: eps, a Python number from 0 to 1.
