@@ -164,8 +164,19 @@ def balanced(count: int, largest: int, multiple: int = 8) -> int:
     return min(count, largest, -(-count // (blocks * multiple)) * multiple)
 
 
-def over_rows(count: int, size: int, body: Callable[[Rows, Carry], Carry], carry: Carry) -> Carry:
-    """Runs `body` on every block of `size` rows out of `count`, in order."""
+def over_rows(
+    count: int,
+    size: int,
+    body: Callable[[Rows, Carry], Carry],
+    carry: Carry,
+    *,
+    end: jax.Array | None = None,
+) -> Carry:
+    """Runs `body` on every block of `size` rows out of `count`, in order.
+
+    Blocks that begin at row `end` or after it are left out where there are several. The loop then
+    has no reverse mode.
+    """
     size = min(size, count)
     blocks = -(-count // size)
 
@@ -176,4 +187,5 @@ def over_rows(count: int, size: int, body: Callable[[Rows, Carry], Carry], carry
 
     if blocks == 1:
         return step(jnp.zeros((), jnp.int32), carry)
-    return lax.fori_loop(jnp.int32(0), jnp.int32(blocks), step, carry)
+    rounds = jnp.int32(blocks) if end is None else -(-end // jnp.int32(size))
+    return lax.fori_loop(jnp.int32(0), rounds, step, carry)

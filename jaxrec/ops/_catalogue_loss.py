@@ -13,6 +13,9 @@ is known before its part of the gradient is formed, and l is computed once: thre
 exponential. 1 / s_p scales rows of H and dH, never the block of logits. This needs the g_p
 beforehand, which a weighted mean provides, and a catalogue whose block of logits is affordable.
 
+Positions that are not valid take part in no sum. Where they are many, as the padding of packed rows
+is, sorting the valid ones to the front (`sort`) lets both loops end with the last of them.
+
 The eps / V term has a closed form, and so has the term of the label: neither costs a pass.
 
 Inside `shard_map` the table may be one `Shard` of a larger one: statistics of disjoint sets of
@@ -28,6 +31,7 @@ from jax import lax
 from jaxrec.ops import _catalogue
 from jaxrec.ops._catalogue import Shard
 from jaxrec.ops._manual_axes import vary_together
+from jaxrec.ops._valid_first import ValidFirst
 
 _F32 = jnp.float32
 
@@ -50,6 +54,7 @@ class Problem(NamedTuple):
     bad: jax.Array  # bool[P]: a valid position whose label is outside the catalogue
     real: jax.Array | None  # bool[V]: False for padding of the last shards; None: all are items
     shard: Shard | None
+    end: jax.Array | None = None  # int32[]: from here on no position is valid; None: not known
 
     @property
     def items(self) -> int:
@@ -113,6 +118,17 @@ def clean(
         bad=valid & ~inside,
         real=real,
         shard=shard,
+    )
+
+
+def sort(problem: Problem, order: ValidFirst) -> Problem:
+    """The problem with its positions in this order; loops over them end where the valid ones do."""
+    return problem._replace(
+        hidden=order.sort(problem.hidden),
+        labels=order.sort(problem.labels),
+        valid=order.sort(problem.valid),
+        bad=order.sort(problem.bad),
+        end=order.count,
     )
 
 
@@ -189,8 +205,11 @@ def statistics(problem: Problem, blocks: Blocks) -> Statistics:
         return Statistics(*map(rows.put, carry, found))
 
     empty = jnp.zeros_like(hidden[:, 0], dtype=_F32)
-    start = Statistics(empty, empty, empty)
-    found = _catalogue.over_rows(hidden.shape[0], blocks.positions, positions, start)
+    # Positions that the loop does not reach have a finite log-sum-exp.
+    start = Statistics(empty, jnp.ones_like(empty), empty)
+    found = _catalogue.over_rows(
+        hidden.shape[0], blocks.positions, positions, start, end=problem.end
+    )
     return found if problem.shard is None else combine_shards(found, problem.shard.axis)
 
 
@@ -262,7 +281,9 @@ def gradients(
 
         zero = jnp.zeros_like(e.T, dtype=_F32)
         inner = Gradients(carry.hidden, zero, None if bias is None else zero[0])
-        inner = _catalogue.over_rows(hidden.shape[0], blocks.positions, positions, inner)
+        inner = _catalogue.over_rows(
+            hidden.shape[0], blocks.positions, positions, inner, end=problem.end
+        )
         # The repeated items of the last block get the values that they already have.
         d_bias = carry.bias
         if d_bias is not None and inner.bias is not None:
@@ -328,7 +349,7 @@ def value_and_gradients(
         jnp.zeros_like(table.T, dtype=_F32),
         None if bias is None else jnp.zeros_like(bias),
     )
-    end = _catalogue.over_rows(hidden.shape[0], block, positions, start)
+    end = _catalogue.over_rows(hidden.shape[0], block, positions, start, end=problem.end)
 
     hit, spread = _F32(1 - smoothing), jnp.full((1, 1), smoothing / problem.items, _F32)
     here = (labels >= 0) & (labels < table.shape[0])

@@ -10,7 +10,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxrec.ops import _catalogue, _catalogue_kernel, _catalogue_loss, _dispatch
 from jaxrec.ops._catalogue import Shard
-from jaxrec.ops._catalogue_loss import Blocks, Gradients
+from jaxrec.ops._catalogue_loss import Blocks, Gradients, Problem
+from jaxrec.ops._manual_axes import vary_together
+from jaxrec.ops._valid_first import AsGiven, ValidFirst, valid_first
 
 T = TypeVar("T")
 
@@ -21,15 +23,19 @@ class Tiling(NamedTuple):
     A block is written once and read three times, so it should stay in the last-level cache or a
     TPU's VMEM; both sides must be long enough to keep matrix units busy and to hide the fixed cost
     of an operation. One pass needs blocks [positions, V] of at most `one_pass_logits`.
+
+    `sorted_positions`, where there is a number: a call that says which positions are valid has
+    blocks of at most so many of them, sorted, and does without those that hold no valid one.
     """
 
     positions: int
     items: int
     one_pass_logits: int
+    sorted_positions: int | None = None
 
 
 # Measured on two cores; chosen by the TPU compiler's own cycle estimates for v5e.
-CPU_TILING = Tiling(positions=512, items=2048, one_pass_logits=1 << 24)
+CPU_TILING = Tiling(positions=512, items=2048, one_pass_logits=1 << 24, sorted_positions=128)
 ACCELERATOR_TILING = Tiling(positions=2048, items=8192, one_pass_logits=1 << 25)
 # With fewer positions a block, reading the item table for each costs what the one pass saves.
 ONE_PASS_POSITIONS = 128
@@ -41,6 +47,7 @@ class _Options(NamedTuple):
     cpu: Tiling
     accelerator: Tiling
     kernel: bool  # whether the Pallas kernels are compiled for a TPU
+    padded: bool  # whether the caller says which positions are valid
 
 
 class _Residuals(NamedTuple):
@@ -64,9 +71,24 @@ class _Arguments(NamedTuple):
     valid: jax.Array
 
 
-def _two_pass_blocks(positions: int, items: int, tiling: Tiling) -> Blocks:
+def _in_order(
+    problem: Problem, options: _Options, tiling: Tiling
+) -> tuple[Problem, ValidFirst | AsGiven, int]:
+    """The problem as the loops take it, its order, and how many positions a block has at most."""
+    positions = problem.hidden.shape[0]
+    if not options.padded or tiling.sorted_positions is None:
+        return problem, AsGiven(), tiling.positions
+    most = min(tiling.positions, tiling.sorted_positions)
+    if positions <= most:
+        return problem, AsGiven(), most
+    order = valid_first(problem.valid)
+    return _catalogue_loss.sort(problem, order), order, most
+
+
+def _two_pass_blocks(problem: Problem, most: int, tiling: Tiling) -> Blocks:
     return Blocks(
-        _catalogue.balanced(positions, tiling.positions), _catalogue.balanced(items, tiling.items)
+        _catalogue.balanced(problem.hidden.shape[0], most),
+        _catalogue.balanced(problem.table.shape[0], tiling.items),
     )
 
 
@@ -184,7 +206,8 @@ def linear_cross_entropy(
 
     Cost: 2 P V D FLOPs forward, 8 P V D for value and gradient: the logits are computed twice, in
     blocks of at most 512 by 2,048 on a CPU and 2,048 by 8,192 elsewhere. Kept between the two: the
-    inputs and float32 [P]. On a TPU two Pallas kernels run for widths up to 256, with blocks in
+    inputs and float32 [P]. On a CPU P counts valid positions where `valid` is given, up to a block
+    of 128: they are sorted to the front, and what follows is left out. On a TPU two Pallas kernels run for widths up to 256, with blocks in
     VMEM of 512 by 2,048; they keep float32 [P, D] and [P] besides. Products run in the inputs'
     dtype (`jax.default_matmul_precision` applies), sums and statistics in float32; gradients come
     in the inputs' dtypes. Reverse mode only.
@@ -215,12 +238,14 @@ def linear_cross_entropy(
     shard = _catalogue.make_shard(
         "linear_cross_entropy", arguments.item_table, item_axis, num_items
     )
-    return _per_position(arguments, _options(label_smoothing, shard, choice))
+    return _per_position(arguments, _options(label_smoothing, shard, choice, valid is not None))
 
 
-def _options(smoothing: float, shard: Shard | None, choice: _dispatch.Choice) -> _Options:
+def _options(
+    smoothing: float, shard: Shard | None, choice: _dispatch.Choice, padded: bool
+) -> _Options:
     kernel = choice.implementation == "pallas"
-    return _Options(float(smoothing), shard, CPU_TILING, ACCELERATOR_TILING, kernel)
+    return _Options(float(smoothing), shard, CPU_TILING, ACCELERATOR_TILING, kernel, padded)
 
 
 def _per_position(arguments: _Arguments, options: _Options) -> jax.Array:
@@ -245,19 +270,24 @@ def _forward(
         tiling: Tiling, *arguments: Any
     ) -> tuple[jax.Array, jax.Array, _catalogue_kernel.Kept | None]:
         problem = _catalogue_loss.clean(*arguments, shard=options.shard)
-        blocks = _two_pass_blocks(problem.hidden.shape[0], problem.table.shape[0], tiling)
-        stats = _catalogue_loss.statistics(problem, blocks)
-        lse = _catalogue_loss.log_sum_exp(stats)
-        value = _catalogue_loss.losses(problem, lse, stats.target, options.smoothing)
+        sorted_problem, order, most = _in_order(problem, options, tiling)
+        blocks = _two_pass_blocks(problem, most, tiling)
+        stats = _catalogue_loss.statistics(sorted_problem, blocks)
+        lse = order.restore(_catalogue_loss.log_sum_exp(stats))
+        # As the order does, over more axes of a mesh than sums over the items do.
+        lse = vary_together(lse, problem.valid)[0]
+        target = order.restore(stats.target)
+        value = _catalogue_loss.losses(problem, lse, target, options.smoothing)
         # Never read; there for the residuals to have one form on all platforms.
-        unused = _catalogue_kernel.Kept(stats.target, jnp.zeros_like(problem.hidden, jnp.float32))
+        unused = _catalogue_kernel.Kept(target, jnp.zeros_like(problem.hidden, jnp.float32))
         return value, lse, unused if keep and options.kernel else None
 
     def by_kernel(
         *arguments: Any,
     ) -> tuple[jax.Array, jax.Array, _catalogue_kernel.Kept | None]:
         problem = _catalogue_loss.clean(*arguments, shard=options.shard)
-        return _catalogue_kernel.losses(problem, options.smoothing, keep)
+        value, lse, kept = _catalogue_kernel.losses(problem, options.smoothing, keep)
+        return value, vary_together(lse, problem.valid)[0], kept
 
     return _per_platform(options, compute, by_kernel, arguments)
 
@@ -274,8 +304,11 @@ def _losses_backward(options: _Options, residuals: _Residuals, g: jax.Array) -> 
 
     def compute(tiling: Tiling, lse: jax.Array, kept: Any, g: Any, *rest: Any) -> Gradients:
         problem, g = prepared(g, rest)
-        blocks = _two_pass_blocks(problem.hidden.shape[0], problem.table.shape[0], tiling)
-        return _catalogue_loss.gradients(problem, lse, g, options.smoothing, blocks)
+        sorted_problem, order, most = _in_order(problem, options, tiling)
+        blocks = _two_pass_blocks(problem, most, tiling)
+        lse, g = order.sort(lse), order.sort(g)
+        grads = _catalogue_loss.gradients(sorted_problem, lse, g, options.smoothing, blocks)
+        return grads._replace(hidden=order.restore(grads.hidden))
 
     def by_kernel(lse: jax.Array, kept: Any, g: jax.Array, *rest: Any) -> Gradients:
         problem, g = prepared(g, rest)
@@ -373,7 +406,7 @@ def mean_linear_cross_entropy(
     if positions == 0:
         return jnp.zeros((), jnp.float32)
     shard = _catalogue.make_shard(op, arguments.item_table, item_axis, num_items)
-    options = _options(label_smoothing, shard, choice)
+    options = _options(label_smoothing, shard, choice, valid is not None)
     affordable = min(_one_pass_positions(items, t) for t in (CPU_TILING, ACCELERATOR_TILING))
     if affordable < min(ONE_PASS_POSITIONS, positions):
         shares, _ = _shares(weights, arguments.valid)
@@ -408,12 +441,15 @@ def _mean_forward(options: _Options, *operands: Any) -> tuple[jax.Array, Any]:
     def compute(tiling: Tiling, *operands: Any) -> _MeanResults:
         *arguments, weights = operands
         problem = _catalogue_loss.clean(*arguments, shard=options.shard)
-        largest = _one_pass_positions(problem.table.shape[0], tiling)
+        sorted_problem, order, most = _in_order(problem, options, tiling)
+        largest = min(most, _one_pass_positions(problem.table.shape[0], tiling))
         block = _catalogue.balanced(problem.hidden.shape[0], largest)
         shares, divisor = _shares(weights, problem.valid)
         lse, target, grads = _catalogue_loss.value_and_gradients(
-            problem, shares, options.smoothing, block
+            sorted_problem, order.sort(shares), options.smoothing, block
         )
+        lse, target = order.restore(lse), order.restore(target)
+        grads = grads._replace(hidden=order.restore(grads.hidden))
         losses = _catalogue_loss.losses(problem, lse, target, options.smoothing)
         return finished(shares, divisor, losses, grads)
 

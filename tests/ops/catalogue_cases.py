@@ -14,11 +14,12 @@ loss_module = sys.modules[ops.linear_cross_entropy.__module__]
 # These tests compile far more than they compute.
 QUICK = {"xla_backend_optimization_level": 0}
 
-# Blocks so small that every axis has several and a ragged one; the default; and without one pass.
+# The default; blocks so small that every axis has several and a ragged one; and without one pass.
+# Where a call says which positions are valid, blocks of these are sorted.
 TILINGS = {
     "default": loss_module.CPU_TILING,
-    "small": loss_module.Tiling(4, 6, 1 << 24),
-    "small_two_pass": loss_module.Tiling(4, 6, 0),
+    "small": loss_module.Tiling(4, 6, 1 << 24, 4),
+    "small_two_pass": loss_module.Tiling(4, 6, 0, 3),
 }
 
 

@@ -70,7 +70,7 @@ def test_loss_and_gradients_are_those_of_the_whole_table(
     monkeypatch, items, smoothing, biased, form, blocks
 ):
     if blocks is not None:
-        tiling = loss_module.Tiling(blocks, blocks, 1 << 20)
+        tiling = loss_module.Tiling(blocks, blocks, 1 << 20, blocks)
         monkeypatch.setattr(loss_module, "CPU_TILING", tiling)
     hidden, table, bias, labels, valid = arrays()
     weights = jnp.linspace(0.5, 2.0, POSITIONS)

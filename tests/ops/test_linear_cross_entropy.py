@@ -16,6 +16,7 @@ from oracles import linear_cross_entropy as oracle
 
 from jaxrec import ops
 from jaxrec.ops import _catalogue, _catalogue_loss
+from jaxrec.ops._valid_first import valid_first
 
 SMALL = ["small", "small_two_pass"]
 CASES = [
@@ -551,6 +552,38 @@ def test_statistics_of_disjoint_sets_of_items_combine(rng):
     close(together, whole, 1e-6)
     close(together_target, target, 1e-6)
     close(target, double(logits)[np.arange(7), np.asarray(labels)], 1e-6)
+
+
+@pytest.mark.parametrize("blocks", ["small", "small_two_pass"])
+def test_only_blocks_with_a_valid_position_are_computed(rng, monkeypatch, blocks):
+    """Of 40 positions 9 are valid: three blocks of four, or of three, in every loop over them."""
+    computed = []
+
+    def counted(hidden, table, bias, logits=_catalogue_loss._logits):
+        jax.debug.callback(lambda: computed.append(hidden.shape[0]))
+        return logits(hidden, table, bias)
+
+    monkeypatch.setattr(_catalogue_loss, "_logits", counted)
+    hidden, table, labels = draw(rng, 40, 5, 3)
+    valid = jnp.zeros(40, bool).at[jnp.arange(0, 36, 4)].set(True)
+    with tiling(blocks):
+        both = jax.value_and_grad(ops.mean_linear_cross_entropy, argnums=(0, 1))
+        jax.block_until_ready(run(functools.partial(both, labels=labels, valid=valid), hidden, table))
+        jax.effects_barrier()
+    # One pass of blocks of four, or the logits twice in blocks of three.
+    assert computed == ([4] * 3 if blocks == "small" else [3] * 6)
+
+
+@given(valid=st.lists(st.booleans(), min_size=1, max_size=40))
+@settings(max_examples=30, deadline=None)
+def test_valid_positions_come_first_in_their_order(valid):
+    order = valid_first(jnp.array(valid))
+    rows = jnp.arange(len(valid))
+    moved = order.sort(rows)
+    want = sorted(range(len(valid)), key=lambda p: not valid[p])
+    assert moved.tolist() == want
+    assert order.restore(moved).tolist() == rows.tolist()
+    assert int(order.count) == sum(valid)
 
 
 @pytest.mark.parametrize("count", [1, 7, 8, 9, 100, 511, 513, 1000, 12_800])
