@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 from jaxrec.errors import UserError
+from jaxrec_kernels.generations import V5E, V6E
 
 
 class Chip(NamedTuple):
@@ -36,12 +37,8 @@ _MIB, _GIB = 1 << 20, 1 << 30
 # 918. The two cores of a v4 or TPU7x are a device each in what is compiled ahead of time, and these
 # are the figures of one; those of a v5p are one device, and share the parallel part of a grid.
 _ALL = (
-    Chip(
-        "v5e", "v5e:2x2", 1.5e9, 1 << 17, 819e9, 16 * _GIB, 128 * _MIB, ("TPU v5 lite", "TPU v5e")
-    ),
-    Chip(
-        "v6e", "v6e:2x2", 1.75e9, 1 << 19, 1640e9, 32 * _GIB, 128 * _MIB, ("TPU v6 lite", "TPU v6e")
-    ),
+    Chip("v5e", "v5e:2x2", 1.5e9, 1 << 17, 819e9, 16 * _GIB, 128 * _MIB, V5E),
+    Chip("v6e", "v6e:2x2", 1.75e9, 1 << 19, 1640e9, 32 * _GIB, 128 * _MIB, V6E),
     Chip("v4", "v4:2x2x1", 1.05e9, 1 << 17, 614e9, 16 * _GIB, 16 * _MIB, ("TPU v4",)),
     Chip("v5p", "v5p:2x2x1", 1.75e9, 1 << 18, 2765e9, 95 * _GIB, 64 * _MIB, ("TPU v5", "TPU v5p")),
     Chip("tpu7x", "tpu7x:2x2x1", 2.2e9, 1 << 19, 3690e9, 96 * _GIB, 64 * _MIB, ("TPU7x",)),

@@ -43,7 +43,7 @@ def valid_first(valid: jax.Array) -> ValidFirst:
     number = jnp.arange(valid.shape[0], dtype=jnp.int32)
     count = before[-1]
     place = jnp.where(valid, before - 1, count + number - before)
-    taken = jnp.zeros_like(place).at[place].set(
-        number, mode="promise_in_bounds", unique_indices=True
+    taken = (
+        jnp.zeros_like(place).at[place].set(number, mode="promise_in_bounds", unique_indices=True)
     )
     return ValidFirst(taken, place, count)

@@ -207,10 +207,10 @@ def linear_cross_entropy(
     Cost: 2 P V D FLOPs forward, 8 P V D for value and gradient: the logits are computed twice, in
     blocks of at most 512 by 2,048 on a CPU and 2,048 by 8,192 elsewhere. Kept between the two: the
     inputs and float32 [P]. On a CPU P counts valid positions where `valid` is given, up to a block
-    of 128: they are sorted to the front, and what follows is left out. On a TPU two Pallas kernels run for widths up to 256, with blocks in
-    VMEM of 512 by 2,048; they keep float32 [P, D] and [P] besides. Products run in the inputs'
-    dtype (`jax.default_matmul_precision` applies), sums and statistics in float32; gradients come
-    in the inputs' dtypes. Reverse mode only.
+    of 128: they are sorted to the front, and what follows is left out. On a TPU two Pallas kernels
+    run for widths up to 256, with blocks in VMEM of 512 by 2,048; they keep float32 [P, D] and [P]
+    besides. Products run in the inputs' dtype (`jax.default_matmul_precision` applies), sums and
+    statistics in float32; gradients come in the inputs' dtypes. Reverse mode only.
 
     Source: the blockwise form of Wijmans et al., "Cut Your Losses in Large-Vocabulary Language
     Models" (arXiv 2411.09009), without its gradient filter; label smoothing as in Szegedy et al.

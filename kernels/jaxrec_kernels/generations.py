@@ -2,6 +2,8 @@
 
 from jaxrec_kernels.tuning import device_kind
 
+# As devices name themselves.
+V5E, V6E = ("TPU v5 lite", "TPU v5e"), ("TPU v6 lite", "TPU v6e")
 # 16 MiB of VMEM, where rows of 1,024 events take 28; and no rotation of rows by their number.
 _OLDER = ("TPU v2", "TPU v3", "TPU v4", "TPU v4 lite")
 

@@ -568,7 +568,9 @@ def test_only_blocks_with_a_valid_position_are_computed(rng, monkeypatch, blocks
     valid = jnp.zeros(40, bool).at[jnp.arange(0, 36, 4)].set(True)
     with tiling(blocks):
         both = jax.value_and_grad(ops.mean_linear_cross_entropy, argnums=(0, 1))
-        jax.block_until_ready(run(functools.partial(both, labels=labels, valid=valid), hidden, table))
+        jax.block_until_ready(
+            run(functools.partial(both, labels=labels, valid=valid), hidden, table)
+        )
         jax.effects_barrier()
     # One pass of blocks of four, or the logits twice in blocks of three.
     assert computed == ([4] * 3 if blocks == "small" else [3] * 6)

@@ -4,6 +4,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from jaxrec_kernels import LANES, tuning
+from jaxrec_kernels.generations import V5E
 
 FORWARD, BACKWARD = "linear_cross_entropy_forward", "linear_cross_entropy_backward"
 WIDEST = 256
@@ -12,7 +13,7 @@ _POSITIONS = 512
 _FEWEST_POSITIONS, _FEWEST_LOGITS = 128, 1 << 21
 # Of the forward kernel where matrix units are ahead of the vector units: with more, what they give
 # does not fit into registers. Those of a v5e are not, and are kept busy by more.
-_FORWARD_CHUNK, _NARROW = 256, ("TPU v5 lite", "TPU v5e")
+_FORWARD_CHUNK = 256
 # What a step of the grid and a round over a chunk cost besides the items in them, in items.
 _STEP, _ROUND = 160, 90
 # Products of float32 in one pass or in float32; what lies between has no lowering.
@@ -73,7 +74,7 @@ def blocks_for(
     """
     largest = 2048 if width * itemsize <= 2 * LANES else 1024
     largest_chunk = LANES if width > LANES else 1024 // itemsize
-    if kernel == FORWARD and device_kind not in _NARROW:
+    if kernel == FORWARD and device_kind not in V5E:
         largest_chunk = min(largest_chunk, _FORWARD_CHUNK)
 
     def cost(chunk: int, rounds: int) -> int:

@@ -133,6 +133,10 @@ def _in_stages(group: Group, stages: list[Stage]) -> None:
     last = len(stages) - 1
     between = list(range(last - 1, 0, -1))
     for step in range(len(lots) + last):
+        if step == 0 and group.spec.regions.first_jobs_alone:
+            for job in lots[0]:
+                group.alone(functools.partial(stages[0], [job]))
+            continue
         if step >= len(lots):
             regions = [[last], between]
         elif group.spec.slab_heads > 1:

@@ -11,13 +11,6 @@ from jaxrec_kernels import LANES
 from jaxrec_kernels.attention_tile import LOG2E, dot, zeroed
 from jaxrec_kernels.positional_kernel_attention.slab import Group, Slab, only
 from jaxrec_kernels.positional_kernel_attention.spec import (
-    GRADIENT_PARTS,
-    GRADIENT_TILES,
-    GRADIENT_TILES_OF_SLABS,
-    MIX_TILES,
-    MIX_TILES_ALONE,
-    MIX_TILES_OF_SLABS,
-    PRODUCT_TILES,
     Member,
     Mix,
     in_lots,
@@ -81,12 +74,15 @@ def _mix(group: Group, mixings: list[Mixing], *, turned: bool = False) -> None:
 
     `turned`: of `out[k] = sum_{j >= k} T[j, k] x[j]`; the table is then T transposed.
     """
-    length = group.spec.length
+    length, regions = group.spec.length, group.spec.regions
+    # Beyond the triangle and the band an operator is zero.
+    depth = regions.depth_tiles * LANES
 
     def columns(mix: Mix, rows: tuple[int, int]) -> tuple[int, int]:
+        start, stop = _first_column(rows[0], mix.band), rows[1]
         if turned:
-            return (rows[0], min(length, -(-(rows[1] + mix.band - 1) // LANES) * LANES))
-        return (_first_column(rows[0], mix.band), rows[1])
+            start, stop = rows[0], -(-(rows[1] + mix.band - 1) // LANES) * LANES
+        return start // depth * depth, min(length, -(-stop // depth) * depth)
 
     for mixing in mixings:
         jobs = [(slab, rows, columns(mixing.mix, rows)) for slab, rows in _blocks(group)]
@@ -100,10 +96,10 @@ def _mix(group: Group, mixings: list[Mixing], *, turned: bool = False) -> None:
                 _product(mixing, *job)
 
         one = len(_operators(group.slabs[0], mixing.mix)) == 1
-        most = MIX_TILES
+        most = regions.mix_tiles
         if one:
             several = len(group.slabs) > 1 and not turned
-            most = MIX_TILES_OF_SLABS if several else MIX_TILES_ALONE
+            most = regions.mix_tiles_of_slabs if several else regions.mix_tiles_alone
         for lot in in_lots(jobs, size, most):
             group.alone(functools.partial(run, lot))
 
@@ -115,11 +111,11 @@ def _tiles(columns: tuple[int, int]) -> list[tuple[int, int]]:
 
 def _product(mixing: Mixing, slab: Slab, rows: tuple[int, int], columns: tuple[int, int]) -> None:
     parts, x = [], slab.own(mixing.x)
-    table = slab.refs[mixing.table]
+    table, step = slab.refs[mixing.table], slab.spec.regions.product_tiles * LANES
     for operator in _operators(slab, mixing.mix):
         products = []
-        for start in range(*columns, PRODUCT_TILES * LANES):
-            some = (start, min(start + PRODUCT_TILES * LANES, columns[1]))
+        for start in range(*columns, step):
+            some = (start, min(start + step, columns[1]))
             part = table[operator.table, slice(*rows), slice(*some)]
             products.append(dot(operator.masked(part, rows, some), x[slice(*some)], (1, 0)))
         parts.append(only(slab.spec, operator.members, functools.reduce(jnp.add, products)))
@@ -185,7 +181,7 @@ def mix_both(group: Group) -> dict[Slab, Mixed]:
 
 def backward_mix(group: Group) -> None:
     """From the gradients of mixed arrays to those of the arrays and the operators."""
-    spec = group.spec
+    spec, regions = group.spec, group.spec.regions
     both = (
         (spec.logits, "logit", "d_key", spec.scale, "k", "dk"),
         (spec.values, "value", "d_value", 1.0, "v", "dv"),
@@ -228,7 +224,7 @@ def backward_mix(group: Group) -> None:
                 (_first_column(rows[0], mix.band), rows[1]),
                 slabs,
             )
-            for slabs in in_lots(group.slabs, operators, GRADIENT_PARTS)
+            for slabs in in_lots(group.slabs, operators, regions.gradient_parts)
             for rows in query_blocks(spec.length)
             for table in range(mix.groups)
         ]
@@ -245,8 +241,9 @@ def backward_mix(group: Group) -> None:
     def size(gradient: _Gradient) -> int:
         return parts(gradient) * len(_tiles(gradient.columns))
 
-    most = GRADIENT_TILES
+    most = regions.gradient_tiles
     if spec.packed == 1:
-        most = GRADIENT_TILES_OF_SLABS if len(group.slabs) > 1 else MIX_TILES
+        several = len(group.slabs) > 1
+        most = regions.gradient_tiles_of_slabs if several else regions.mix_tiles
     for lot in in_lots(gradients, size, most):
         group.alone(functools.partial(add, lot))

@@ -12,7 +12,6 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxrec_kernels import LANES
 from jaxrec_kernels.attention_tile import zeroed
 from jaxrec_kernels.positional_kernel_attention.spec import (
-    SLOTS,
     Member,
     Spec,
     in_lots,
@@ -133,7 +132,7 @@ class Group:
             start, stop = block[1]
             return self.spec.packed * (stop - start)
 
-        for lot in in_lots(blocks, slots, SLOTS):
+        for lot in in_lots(blocks, slots, self.spec.regions.slots):
             self.alone(functools.partial(some, lot))
 
 

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from jaxrec_kernels import LANES, tuning
 from jaxrec_kernels.positional_kernel_attention import heads_of_slab
+from jaxrec_kernels.positional_kernel_attention.regions import SHORT, Regions, regions_for
 
 FORWARD, BACKWARD = "positional_kernel_attention_forward", "positional_kernel_attention_backward"
 # Half of what a v5e or v6e has. The default of 16 MiB does not hold the operators of length 1024.
@@ -14,20 +15,6 @@ VMEM_BYTES = 64 << 20
 # Left to the compiler.
 SPARE_BYTES = 8 << 20
 _ROWS = 8  # batch rows of a program at most
-_PACKED_UP_TO = 256  # longer rows are not put side by side
-# How much is in a region that the compiler schedules by itself: more takes fewer cycles, since what
-# a product waits for is then hidden by others, until registers are spilled. By its schedules for
-# v5e and v6e.
-_GROUP_TILES = 32  # of weights, in slabs that are computed at once
-# Of weights, in a lot; the second where heads of a row share masks, which stay in registers.
-_LOT_TILES, _LOT_TILES_OF_HEADS = 8, 7
-SLOTS = 512  # of batch rows, that are read or written
-# Of operators: where each batch row of a slab has its own mask; where all have the same, of several
-# slabs; and otherwise.
-MIX_TILES, MIX_TILES_OF_SLABS, MIX_TILES_ALONE = 16, 12, 4
-PRODUCT_TILES = 4  # of a product along one axis of an operator
-# Of operators' gradients, likewise; and how many products are summed for a tile.
-GRADIENT_TILES, GRADIENT_TILES_OF_SLABS, GRADIENT_PARTS = 4, 6, 2
 
 
 class Spec(NamedTuple):
@@ -46,6 +33,7 @@ class Spec(NamedTuple):
     rows: int  # batch rows of a program
     packed: int  # batch rows of a slab
     slab_heads: int  # heads of a batch row in a slab
+    regions: Regions
 
     @property
     def block_lanes(self) -> int:
@@ -59,7 +47,8 @@ class Spec(NamedTuple):
     @property
     def together(self) -> int:
         """Slabs that are computed at once."""
-        return slabs_together(Cut(self.rows, self.packed), self.slab_heads, self.length)
+        cut = Cut(self.rows, self.packed)
+        return slabs_together(cut, self.slab_heads, self.length, self.regions)
 
     @property
     def members(self) -> list["Member"]:
@@ -116,6 +105,7 @@ class Size(NamedTuple):
     itemsize: int
     mixes: int
     groups: int
+    regions: Regions
 
 
 def size_of(query: Any, operators: tuple[Any, ...]) -> Size:
@@ -126,7 +116,8 @@ def size_of(query: Any, operators: tuple[Any, ...]) -> Size:
     given = [x for x in operators if x is not None]
     groups = sum(min(x.shape[0], slab_heads) for x in given)
     itemsize = query.dtype.itemsize
-    return Size(batch, length, heads, head_dim, slab_heads, itemsize, len(given), groups)
+    regions = regions_for(tuning.device_kind(), length)
+    return Size(batch, length, heads, head_dim, slab_heads, itemsize, len(given), groups, regions)
 
 
 def tuned_cut(kernel: str, size: Size) -> Cut:
@@ -151,7 +142,7 @@ def call_class(size: Size) -> dict[str, int]:
 def fit(size: Size, *, rows: int, packed: int) -> Cut | None:
     """The cut with these sizes; None where the call cannot be cut so."""
     lanes = packed * size.slab_heads * size.head_dim
-    beside = packed == 1 or (lanes <= LANES and size.length <= _PACKED_UP_TO)
+    beside = packed == 1 or (lanes <= LANES and size.length <= SHORT)
     if size.batch % rows or rows % packed or not beside:
         return None
     cut = Cut(rows, packed)
@@ -178,9 +169,10 @@ def vmem_bytes(size: Size, cut: Cut) -> int:
     # A slab's k, v, mixed and their gradients, o, do; q and do of each member; keys turned, and dq.
     kept = (8 + 2 * members) * length * item + 2 * length * 4 + filled * (item + 4)
     deltas = -(-members // 8) * 8 * filled * 4
-    slabs = slabs_together(cut, size.slab_heads, size.length) * (lanes * kept + deltas)
+    together = slabs_together(cut, size.slab_heads, size.length, size.regions)
+    slabs = together * (lanes * kept + deltas)
     # Two lots of two squares.
-    lots = 4 * LANES * max(_LOT_TILES * LANES, filled) * item
+    lots = 4 * LANES * max(size.regions.lot_tiles * LANES, filled) * item
     ids = cut.rows * length * LANES * 4
     return operands + squares + slabs + lots + ids
 
@@ -190,11 +182,11 @@ def rounded_rows(rows: int) -> int:
     return -(-rows // 32) * 32
 
 
-def slabs_together(cut: Cut, slab_heads: int, length: int) -> int:
+def slabs_together(cut: Cut, slab_heads: int, length: int, regions: Regions) -> int:
     """Slabs of a program that are computed at once."""
     slabs, blocks = cut.rows // cut.packed, -(-length // LANES)
     tiles = cut.packed * slab_heads * blocks * (blocks + 1) // 2
-    most = max(1, _GROUP_TILES // tiles)
+    most = max(1, regions.group_tiles // tiles)
     return next(count for count in range(min(most, slabs), 0, -1) if slabs % count == 0)
 
 
@@ -206,7 +198,7 @@ def rows_of_program(batch: int, length: int) -> int:
 
 def rows_of_slab(rows: int, lanes: int, length: int) -> int:
     """Batch rows that are computed side by side in the lanes."""
-    if length > _PACKED_UP_TO or lanes > LANES:
+    if length > SHORT or lanes > LANES:
         return 1
     return next(count for count in (8, 4, 2, 1) if count * lanes <= LANES and rows % count == 0)
 
@@ -234,7 +226,8 @@ def lots_of_jobs(spec: Spec) -> list[list[Place]]:
     jobs = list(
         itertools.product(query_blocks(spec.length), range(spec.together), range(len(spec.members)))
     )
-    most = _LOT_TILES if spec.slab_heads == 1 else _LOT_TILES_OF_HEADS
+    regions = spec.regions
+    most = regions.lot_tiles if spec.slab_heads == 1 else regions.lot_tiles_of_heads
     lots = []
     for lot in in_lots(jobs, lambda job: -(-job[0][1] // LANES), most):
         places: list[Place] = []

@@ -97,6 +97,7 @@ def _spec(
         rows=cut.rows,
         packed=cut.packed,
         slab_heads=slab_heads,
+        regions=size.regions,
     )
 
 

@@ -37,11 +37,8 @@ def composed(shape):
     )
 
 
-# Registers spilled at most. At a thousand events on the wider matrix units of a v6e some are, in
-# single products with an operator.
-SPILLED = {("n1024", "v6e"): 54}
 # The issue's bar is three quarters at two hundred events.
-SHARE = {"n50": 0.63, "n200": 0.5, "n200-heads": 0.8, "n1024": 0.75}
+SHARE = {"n50": 0.63, "n200": 0.48, "n200-heads": 0.75, "n1024": 0.75}
 
 
 @pytest.mark.parametrize("chip", ["v5e", "v6e"])
@@ -49,7 +46,7 @@ SHARE = {"n50": 0.63, "n200": 0.5, "n200-heads": 0.8, "n1024": 0.75}
 def test_packed_rows(shape, chip):
     """They fit the registers, and take few cycles beside the composed form."""
     found = measured(shape, chip)
-    assert found["spills"] <= SPILLED.get((shape, chip), 0)
+    assert found["spills"] == 0
     if chip == "v5e":
         assert found["cycles"] < SHARE[shape] * composed(shape)
     if (shape, chip) == ("n1024", "v5e"):
