@@ -19,6 +19,7 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
 from jaxrec_kernels import LANES
+from jaxrec_kernels.generations import V5E
 from jaxrec_kernels.hstu_attention import facts as _facts
 from jaxrec_kernels.hstu_attention import tile as _tile
 from jaxrec_kernels.hstu_attention.biases import (
@@ -29,7 +30,7 @@ from jaxrec_kernels.hstu_attention.biases import (
     spread,
     write_biases,
 )
-from jaxrec_kernels.hstu_attention.heads import Sum, head_of
+from jaxrec_kernels.hstu_attention.heads import Sum, add_lanes, head_of
 from jaxrec_kernels.hstu_attention.operands import (
     Operand,
     Operands,
@@ -50,9 +51,8 @@ from jaxrec_kernels.hstu_attention.step import (
     settings_of,
     slots,
 )
+from jaxrec_kernels.tuning import device_kind
 
-# Lanes of scores that fit the registers with all that is formed of them.
-_WIDEST = 2 * LANES
 # Buckets whose gradients are summed in one pass over a tile.
 _AT_ONCE = 4
 
@@ -80,6 +80,7 @@ def backward(
     batch, length, heads, _ = query.shape
     operands = Operands(settings, batch, heads)
     operands.add_common(inputs, edges)
+    add_lanes(settings, operands)
     for name, x, of_keys in (
         ("query", query, False),
         ("key", key, True),
@@ -251,7 +252,7 @@ def _pair(step: Step) -> None:
 
     def bundle(w: Index) -> None:
         for head in range(plan.bundle):
-            over_spans(step, partial(_squares, step, w, head), widest=_WIDEST)
+            over_spans(step, partial(_squares, step, w, head), widest=_widest())
             over_spans(step, partial(_keys, step, w, head))
             turned = step._replace(settings=settings._replace(queries_down=True))
             over_spans(turned, partial(_queries, step, w, head))
@@ -261,6 +262,14 @@ def _pair(step: Step) -> None:
         over_tiles(step, partial(_lags, step))
     if settings.times:
         over_tiles(step, partial(_times, step))
+
+
+def _widest() -> int:
+    """Lanes of scores that fit the registers with all that is formed of them.
+
+    By the schedules: from a v6e on more come out of the matrix units than can be held.
+    """
+    return 2 * LANES if device_kind() in V5E else LANES
 
 
 def _start_bias(step: Step, down: Index, along: Index, size: int, b: Index) -> None:
@@ -274,7 +283,7 @@ def _squares(
     """The weights and the gradient of the scores, both transposed."""
     settings, refs, rows = step.settings, step.refs, slots(down, size)
     at = (b, rows, along)
-    own = head_of(step.plan, w, head, settings.head_dim)
+    own = head_of(step, w, head, "query")
     key = own.only(refs.key[b, rows, own.registers])
     score = _tile.dot(key, refs.query[b, along, own.registers], (1, 1))
     bias = refs.bias[at]
@@ -282,7 +291,7 @@ def _squares(
     weight, slope = _tile.weight_and_slope(_tile.scaled(score, settings.scale) + bias)
     refs.weights[at] = jnp.where(seen, weight, 0.0).astype(refs.weights.dtype)
 
-    own = head_of(step.plan, w, head, settings.value_dim)
+    own = head_of(step, w, head, "value")
     value = own.only(refs.value[b, rows, own.registers])
     d_weight = _tile.dot(value, refs.d_out[b, along, own.registers], (1, 1))
     d_score = jnp.where(seen, d_weight * slope, 0.0)
@@ -298,12 +307,12 @@ def _squares(
 def _keys(step: Step, w: Index, head: int, down: Index, size: int, along: slice, b: Index) -> None:
     settings, refs, rows = step.settings, step.refs, slots(down, size)
     sums = _sums(settings)
-    own = head_of(step.plan, w, head, settings.value_dim)
+    own = head_of(step, w, head, "value")
     d_out = cleaned(step, "d_out")[b, along, own.registers]
     d_value = own.only(_tile.dot(refs.weights[b, rows, along], d_out, (1, 0)))
     sums.value.add(step, head, (b, rows, own.registers), d_value)
 
-    own = head_of(step.plan, w, head, settings.head_dim)
+    own = head_of(step, w, head, "query")
     query = cleaned(step, "query")[b, along, own.registers]
     d_key = own.only(_tile.dot(refs.d_scores[b, rows, along], query, (1, 0)))
     sums.key.add(step, head, (b, rows, own.registers), d_key)
@@ -313,7 +322,7 @@ def _queries(
     step: Step, w: Index, head: int, chunk: Index, size: int, keys: slice, b: Index
 ) -> None:
     """A chunk of queries, which lies along lanes, and all keys that it sees."""
-    own = head_of(step.plan, w, head, step.settings.head_dim)
+    own = head_of(step, w, head, "query")
     d_score = step.refs.d_scores[b, keys, slots(chunk, size)]
     key = cleaned(step, "key")[b, keys, own.registers]
     d_query = own.only(_tile.dot(d_score, key, (0, 0)))

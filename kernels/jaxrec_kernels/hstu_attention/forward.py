@@ -19,7 +19,7 @@ from jaxrec_kernels.hstu_attention.biases import (
     spread,
     write_biases,
 )
-from jaxrec_kernels.hstu_attention.heads import Sum, head_of
+from jaxrec_kernels.hstu_attention.heads import Sum, add_lanes, head_of
 from jaxrec_kernels.hstu_attention.operands import (
     Operand,
     Operands,
@@ -63,6 +63,7 @@ def forward(
     query, key, value = inputs.query, inputs.key, inputs.value
     operands = Operands(settings, query.shape[0], query.shape[2])
     operands.add_common(inputs, edges)
+    add_lanes(settings, operands)
     for name, x, of_keys in (("query", query, False), ("key", key, True), ("value", value, True)):
         operands.inputs[name] = Operand(flat(x), operands.vectors(x.shape[3], of_keys))
     operands.outputs["out"] = Operand(
@@ -125,14 +126,14 @@ def _pair(step: Step) -> None:
 
 def _head(step: Step, w: Index, head: int, down: Index, size: int, along: slice, b: Index) -> None:
     settings, refs, rows = step.settings, step.refs, slots(down, size)
-    own = head_of(step.plan, w, head, settings.head_dim)
+    own = head_of(step, w, head, "query")
     query = own.only(refs.query[b, rows, own.registers])
     score = _tile.dot(query, refs.key[b, along, own.registers], (1, 1))
     bias = refs.bias[b, rows, along]
     weight = _tile.weight(_tile.scaled(score, settings.scale) + bias)
     weight = jnp.where(bias != _tile.HIDDEN, weight, 0.0)
 
-    own = head_of(step.plan, w, head, settings.value_dim)
+    own = head_of(step, w, head, "value")
     value = cleaned(step, "value")[b, along, own.registers]
     out = own.only(_tile.dot(weight.astype(value.dtype), value, (1, 0)))
     _out(settings).add(step, head, (b, rows, own.registers), out)

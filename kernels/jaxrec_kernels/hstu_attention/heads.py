@@ -4,7 +4,7 @@ A product of two whole registers costs the matrix unit what one of half a regist
 is picked by zeros in the other heads' lanes, of one operand or of the result; no lanes are moved.
 """
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
@@ -14,31 +14,56 @@ from jaxtyping import Array
 from jaxrec_kernels import LANES
 from jaxrec_kernels.hstu_attention.operands import Operands
 from jaxrec_kernels.hstu_attention.plan import Plan, up_to
-from jaxrec_kernels.hstu_attention.step import Index, Step, over_chunks, slots
-from jaxrec_kernels.hstu_attention.tile import only_lanes
+from jaxrec_kernels.hstu_attention.step import Index, Settings, Step, over_chunks, slots
+
+Side = Literal["query", "value"]
 
 
 class Head(NamedTuple):
     """Where the vectors of a head lie: whole registers, and its own lanes of them."""
 
     registers: Any
-    first: int
-    last: int
+    number: int
+    lanes: Array | None  # whose each lane of the registers is; None: all are its own
 
     def only(self, x: Array) -> Array:
         """Zeros in the lanes of other heads."""
-        return only_lanes(x, self.first, self.last)
+        if self.lanes is None:
+            return x
+        return jnp.where(self.lanes == self.number, x, jnp.zeros((), x.dtype))
 
 
-def head_of(plan: Plan, bundle: Index, head: int, width: int) -> Head:
-    """A head of a bundle, `width` lanes wide."""
+def head_of(step: Step, bundle: Index, head: int, side: Side) -> Head:
+    """A head of a bundle, of the vectors that are as wide as queries or as values."""
+    plan, width = step.plan, _width(step.settings, side)
     total = plan.bundle * width
     first, last = head * width, (head + 1) * width
     start, stop = first // LANES * LANES, min(up_to(last, LANES), total)
     registers: Any = slice(start, stop)
     if plan.group != plan.bundle:
         registers = pl.ds(pl.multiple_of(bundle * total + start, LANES), stop - start)
-    return Head(registers, first - start, last - start)
+    own = (first, last) == (start, stop)
+    return Head(registers, head, None if own else getattr(step.refs, _table(side))[:, start:stop])
+
+
+def add_lanes(settings: Settings, operands: Operands) -> None:
+    """The head of each lane of a bundle, read where it is compared.
+
+    Numbers of lanes, of which it could be told too, would be made once for all loops, and spilled.
+    """
+    if settings.plan.bundle > 1:
+        for side in get_args(Side):
+            width = _width(settings, side)
+            lanes = jnp.arange(settings.plan.bundle * width, dtype=jnp.int32)
+            operands.add_table(_table(side), lanes[None] // width)
+
+
+def _width(settings: Settings, side: Side) -> int:
+    return settings.head_dim if side == "query" else settings.value_dim
+
+
+def _table(side: Side) -> str:
+    return f"head_of_{side}_lane"
 
 
 class Sum(NamedTuple):

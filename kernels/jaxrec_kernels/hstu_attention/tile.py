@@ -103,14 +103,6 @@ def weight_and_slope(score: Float[Array, "rows cols"]) -> tuple[Array, Array]:
     return silu, gate + silu * (0.5 - half)
 
 
-def only_lanes(x: Array, start: int, end: int) -> Array:
-    """Zeros outside of some lanes."""
-    if (start, end) == (0, x.shape[1]):
-        return x
-    lane = lax.broadcasted_iota(jnp.int32, (1, x.shape[1]), 1)
-    return jnp.where((lane >= start) & (lane < end), x, jnp.zeros((), x.dtype))
-
-
 def dot(a: Array, b: Array, over: tuple[int, int]) -> Float[Array, "rows cols"]:
     """The product of two matrices over the named axes."""
     dims = (((over[0],), (over[1],)), ((), ()))
