@@ -1,14 +1,16 @@
 """How fast the full-catalogue loss trains, beside the dense form and the machine's floor.
 
     python -m benchmarks.catalogue_loss                        # MovieLens-1M's shape
-    python -m benchmarks.catalogue_loss --positions 1000 --items 12101
+    python -m benchmarks.catalogue_loss --positions 1200 --items 12101 --valid 0.626
     python -m benchmarks.catalogue_loss --positions 25600 --items 1000000 --memory
 
 The first form times the value and gradient of `mean_linear_cross_entropy`, of
 `linear_cross_entropy`, and of the dense form (all logits, then optax), one after the other in every
 round, so that a busy machine slows all of them alike. The floor is arithmetic with rates measured
 in the same run: matrix products at the speed of a large square one, exponentials at the speed of
-one block that stays in cache. FLOPs are 2 P V D a product.
+one block that stays in cache. FLOPs are 2 P V D a product. With `--valid` the gradient of the mean
+is taken once more with so many of the positions valid, each the start of a row of 200 slots, as
+packed histories fill them.
 
 With `--memory` nothing is timed: a child process takes the gradient once, and the growth of its
 peak resident memory is set against the gradients that it must return.
@@ -52,6 +54,16 @@ def per_position(hidden: jax.Array, item_table: jax.Array, labels: jax.Array) ->
     return ops.linear_cross_entropy(hidden, item_table, labels).mean()
 
 
+def padded(share: float) -> Loss:
+    """The mean over the first slots of each row of 200."""
+
+    def loss(hidden: jax.Array, item_table: jax.Array, labels: jax.Array) -> jax.Array:
+        valid = jnp.arange(labels.shape[0]) % 200 < round(200 * share)
+        return ops.mean_linear_cross_entropy(hidden, item_table, labels, valid=valid)
+
+    return loss
+
+
 def gradient(loss: Loss) -> Callable[..., Any]:
     return jax.jit(jax.value_and_grad(loss, (0, 1)))
 
@@ -85,6 +97,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     ways = dict(WAYS)
     if 4 * args.positions * args.items > LARGEST_DENSE:
         del ways["dense gradient"]
+    if args.valid < 1:
+        ways["mean gradient, padded"] = gradient(padded(args.valid)), 3, 1
 
     side = 2048
     square = jnp.ones((side, side), args.dtype)
@@ -113,8 +127,9 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     logits = args.positions * args.items
     rows = []
     for name, (f, products, exponentials) in ways.items():
-        flops = 2 * products * logits * args.width
-        floor = flops / flops_per_second + exponentials * logits / exps_per_second
+        needed = logits * (args.valid if "padded" in name else 1)
+        flops = 2 * products * needed * args.width
+        floor = flops / flops_per_second + exponentials * needed / exps_per_second
         median = statistics.median(taken[name])
         against = taken.get("dense gradient")
         compiled = f.lower(*arrays).compile()
@@ -207,6 +222,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--valid", type=float, default=1.0, help="share of positions, up to 1")
     parser.add_argument("--memory", action="store_true", help="peak memory instead of time")
     parser.add_argument("--json", type=Path, help="write the report to this file")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
@@ -214,6 +230,8 @@ def main() -> None:
     for name in ("positions", "items", "width", "repeats"):
         if getattr(args, name) < 1:
             parser.error(f"--{name} must be positive, got {getattr(args, name)}")
+    if not 0 < args.valid <= 1:
+        parser.error(f"--valid must be above 0 and at most 1, got {args.valid}")
     if args.child:
         print(json.dumps(child(args)))
         return
@@ -228,6 +246,7 @@ def main() -> None:
             "jax": jax.__version__,
             "python": platform.python_version(),
         },
+        "valid": args.valid,
         "load_average": os.getloadavg()[0],
         "repeats": args.repeats,
     }

@@ -208,6 +208,14 @@ def _catalogue_loss(result: dict[str, Any]) -> str:
             f"holds {held:.0f} MB besides its inputs and results; {told}"
         )
     rows = {row["name"]: row for row in result["rows"]}
+    if "mean gradient, padded" in rows:
+        padded, whole = (
+            rows[name]["median_ms"] for name in ("mean gradient, padded", "mean gradient")
+        )
+        return (
+            f"`catalogue_loss --valid {result['valid']}`: the gradient of the mean for {where} "
+            f"takes {padded / whole:.2f} of the time that it takes where all are valid; {told}"
+        )
     return (
         f"`catalogue_loss`: the gradient of the mean for {where} takes "
         f"{rows['mean gradient']['of_dense']:.2f} of the dense form's time; {told}"

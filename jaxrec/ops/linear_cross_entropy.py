@@ -24,8 +24,9 @@ class Tiling(NamedTuple):
     TPU's VMEM; both sides must be long enough to keep matrix units busy and to hide the fixed cost
     of an operation. One pass needs blocks [positions, V] of at most `one_pass_logits`.
 
-    `sorted_positions`, where there is a number: a call that says which positions are valid has
-    blocks of at most so many of them, sorted, and does without those that hold no valid one.
+    `sorted_positions`, where there is a number: a call that says which positions are valid has them
+    sorted, and does without blocks that hold no valid one. So that the last of them wastes little
+    there are `SORTED_BLOCKS`, but none is shorter than this.
     """
 
     positions: int
@@ -37,6 +38,7 @@ class Tiling(NamedTuple):
 # Measured on two cores; chosen by the TPU compiler's own cycle estimates for v5e.
 CPU_TILING = Tiling(positions=512, items=2048, one_pass_logits=1 << 24, sorted_positions=128)
 ACCELERATOR_TILING = Tiling(positions=2048, items=8192, one_pass_logits=1 << 25)
+SORTED_BLOCKS = 8
 # With fewer positions a block, reading the item table for each costs what the one pass saves.
 ONE_PASS_POSITIONS = 128
 
@@ -78,7 +80,7 @@ def _in_order(
     positions = problem.hidden.shape[0]
     if not options.padded or tiling.sorted_positions is None:
         return problem, AsGiven(), tiling.positions
-    most = min(tiling.positions, tiling.sorted_positions)
+    most = min(tiling.positions, max(tiling.sorted_positions, -(-positions // SORTED_BLOCKS)))
     if positions <= most:
         return problem, AsGiven(), most
     order = valid_first(problem.valid)
@@ -206,11 +208,12 @@ def linear_cross_entropy(
 
     Cost: 2 P V D FLOPs forward, 8 P V D for value and gradient: the logits are computed twice, in
     blocks of at most 512 by 2,048 on a CPU and 2,048 by 8,192 elsewhere. Kept between the two: the
-    inputs and float32 [P]. On a CPU P counts valid positions where `valid` is given, up to a block
-    of 128: they are sorted to the front, and what follows is left out. On a TPU two Pallas kernels
-    run for widths up to 256, with blocks in VMEM of 512 by 2,048; they keep float32 [P, D] and [P]
-    besides. Products run in the inputs' dtype (`jax.default_matmul_precision` applies), sums and
-    statistics in float32; gradients come in the inputs' dtypes. Reverse mode only.
+    inputs and float32 [P]. On a CPU P counts the valid positions where `valid` is given, rounded up
+    to blocks of an eighth of all, 128 to 512: they are sorted to the front, and blocks after them
+    are left out. On a TPU two Pallas kernels run for widths up to 256, with blocks in VMEM of 512
+    by 2,048; they keep float32 [P, D] and [P] besides. Products run in the inputs' dtype
+    (`jax.default_matmul_precision` applies), sums and statistics in float32; gradients come in the
+    inputs' dtypes. Reverse mode only.
 
     Source: the blockwise form of Wijmans et al., "Cut Your Losses in Large-Vocabulary Language
     Models" (arXiv 2411.09009), without its gradient filter; label smoothing as in Szegedy et al.

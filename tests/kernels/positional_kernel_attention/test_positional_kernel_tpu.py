@@ -31,6 +31,9 @@ from positional_kernel_cases import (
 from jaxrec import ops
 from jaxrec.ops._attention_dropout import keep_mask
 from jaxrec_kernels.attention_dropout import keep_bits
+from jaxrec_kernels.generations import V5E, V6E
+from jaxrec_kernels.positional_kernel_attention import spec
+from jaxrec_kernels.positional_kernel_attention.regions import regions_for
 
 GRID = [
     ((2, 20, 1, 16), "plain", (TAPS, TAPS), {}),
@@ -56,6 +59,17 @@ def test_values_and_gradients_are_those_of_xla(shape, pattern, structure, option
     got = run_on_kernel(case)
     for name, a, b in zip(case.names(), got, case.run(), strict=True):
         assert a.dtype == b.dtype
+        close(a, b, 5e-6, name)
+
+
+@pytest.mark.parametrize(
+    ("kind", "shape"), [(V5E[0], (8, 140, 1, 64)), (V6E[0], (2, 300, 2, 64))], ids=["v5e", "v6e"]
+)
+def test_regions_of_a_chip(monkeypatch, kind, shape):
+    """What a chip schedules together changes no value; on a v6e products pass the triangle."""
+    monkeypatch.setattr(spec, "regions_for", lambda _, length: regions_for(kind, length))
+    case = Case(shape, "packed_holes", (TAPS, FULL), band=140)
+    for name, a, b in zip(case.names(), run_on_kernel(case, NAN), case.run(), strict=True):
         close(a, b, 5e-6, name)
 
 
