@@ -74,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         reason = str(error).strip().splitlines()[:1] or ["no more to be had"]
         print(
             f"jaxrec: out of memory ({reason[0]}); smaller batch_size, max_length or width need "
-            "less",
+            "less, and --mesh.model N spreads the item table over N devices",
             file=sys.stderr,
         )
         return 2

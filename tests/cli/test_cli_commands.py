@@ -334,7 +334,8 @@ def test_out_of_memory_is_one_line(capsys, monkeypatch):
     captured = call(capsys, "train", "own.py", "--out", "run", "--quiet", code=2)
     assert captured.err == (
         "jaxrec: out of memory (RESOURCE_EXHAUSTED: Out of memory allocating 12 bytes.); smaller "
-        "batch_size, max_length or width need less\n"
+        "batch_size, max_length or width need less, and --mesh.model N spreads the item table over "
+        "N devices\n"
     )
 
 
