@@ -15,6 +15,7 @@ from jaxrec import ops
 from jaxrec.ops import _dispatch, _positional_kernel_core
 from jaxrec_kernels.long_attention import tpu as long_rows
 from jaxrec_kernels.positional_kernel_attention import tpu as whole_rows
+from jaxrec_kernels.tracing import forget_traces
 
 pka = ops.positional_kernel_attention
 
@@ -37,8 +38,10 @@ def on_kernel(interpret=True):
                 patch.setattr(tpu, name, run)
         # What was traced outside does not hold inside, nor the other way around.
         _positional_kernel_core.attend.clear_cache()
+        forget_traces()
         yield
     _positional_kernel_core.attend.clear_cache()
+    forget_traces()
 
 
 class Case:

@@ -128,7 +128,7 @@ def sort(problem: Problem, order: ValidFirst) -> Problem:
         labels=order.sort(problem.labels),
         valid=order.sort(problem.valid),
         bad=order.sort(problem.bad),
-        end=order.count,
+        end=order.end,
     )
 
 

@@ -21,7 +21,7 @@ class ValidFirst(NamedTuple):
 
     taken: jax.Array  # int32[P]: which position comes here
     place: jax.Array  # int32[P]: where a position goes
-    count: jax.Array  # int32[]: of valid ones
+    end: jax.Array  # int32[]: where the others begin
 
     def sort(self, rows: jax.Array) -> jax.Array:
         """`rows`, one for each position, in this order."""
@@ -36,14 +36,14 @@ def valid_first(valid: jax.Array) -> ValidFirst:
     """The order for bool[P]. Two sums and a scatter: nothing is compared with another.
 
     >>> order = valid_first(jnp.array([False, True, False, True]))
-    >>> order.sort(jnp.array([10, 11, 12, 13])).tolist(), int(order.count)
+    >>> order.sort(jnp.array([10, 11, 12, 13])).tolist(), int(order.end)
     ([11, 13, 10, 12], 2)
     """
     before = jnp.cumsum(valid, dtype=jnp.int32)
     number = jnp.arange(valid.shape[0], dtype=jnp.int32)
-    count = before[-1]
-    place = jnp.where(valid, before - 1, count + number - before)
+    end = before[-1]
+    place = jnp.where(valid, before - 1, end + number - before)
     taken = (
         jnp.zeros_like(place).at[place].set(number, mode="promise_in_bounds", unique_indices=True)
     )
-    return ValidFirst(taken, place, count)
+    return ValidFirst(taken, place, end)

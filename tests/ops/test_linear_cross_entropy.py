@@ -585,7 +585,7 @@ def test_valid_positions_come_first_in_their_order(valid):
     want = sorted(range(len(valid)), key=lambda p: not valid[p])
     assert moved.tolist() == want
     assert order.restore(moved).tolist() == rows.tolist()
-    assert int(order.count) == sum(valid)
+    assert int(order.end) == sum(valid)
 
 
 @pytest.mark.parametrize("count", [1, 7, 8, 9, 100, 511, 513, 1000, 12_800])

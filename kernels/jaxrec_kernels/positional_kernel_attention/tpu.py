@@ -50,6 +50,7 @@ from jaxrec_kernels.positional_kernel_attention.spec import (
     size_of,
     tuned_cut,
 )
+from jaxrec_kernels.tracing import traced_once
 
 _F32 = jnp.float32
 
@@ -184,6 +185,7 @@ def _call(
     return results
 
 
+@traced_once("scale", "dropout_rate", "bands", "segmented", "interpret")
 def forward(
     arrays: Arrays,
     *,
@@ -242,6 +244,7 @@ class Gradients(NamedTuple):
     value_table: Array | None
 
 
+@traced_once("scale", "dropout_rate", "bands", "segmented", "interpret")
 def backward(
     arrays: Arrays,
     out: Array,

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, NamedTuple, TypeVar
 
+from jaxrec_kernels.tracing import forget_traces
 from jaxrec_kernels.tuning.table import Sizes, Table, tables
 from jaxrec_kernels.tuning.target import device_kind
 
@@ -29,6 +30,7 @@ _instead: ContextVar[Table | None] = ContextVar("_instead", default=None)
 @contextmanager
 def looked_up() -> Iterator[list[Lookup]]:
     """Collects what kernels ask while they are traced inside."""
+    forget_traces()
     lookups: list[Lookup] = []
     token = _lookups.set(lookups)
     try:
@@ -44,10 +46,12 @@ def using(table: Table) -> Iterator[None]:
     `jax.jit` does not know of it: trace functions that were not traced before.
     """
     token = _instead.set(table)
+    forget_traces()
     try:
         yield
     finally:
         _instead.reset(token)
+        forget_traces()
 
 
 def tuned(kernel: str, call: Sizes, fit: Callable[..., T | None], rule: Callable[[], T]) -> T:
