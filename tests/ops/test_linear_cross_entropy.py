@@ -475,6 +475,23 @@ def test_second_derivatives(rng, f):
     close(product, (up - down) / (2 * step), 1e-4)
 
 
+@pytest.mark.parametrize("blocks", SMALL)
+def test_second_derivatives_of_the_valid_positions_alone(rng, blocks):
+    """A loop that ends early has forward mode, too."""
+    hidden, table, labels = draw(rng, 20, 9, 3)
+    valid = jnp.asarray(rng.random(20) > 0.6)
+    direction = jnp.asarray(rng.normal(size=table.shape), jnp.float32)
+
+    def product(hidden, labels, **options):
+        def gradient(table):
+            return jax.grad(ops.mean_linear_cross_entropy, 1)(hidden, table, labels, **options)
+
+        return run(lambda t: jax.jvp(gradient, (t,), (direction,)), table)[1]
+
+    with tiling(blocks):
+        close(product(hidden, labels, valid=valid), product(hidden[valid], labels[valid]), 5e-6)
+
+
 @functools.cache
 def claims(positions, items, smoothing, blocks):
     """Compiled: results that the properties relate to each other."""
