@@ -282,7 +282,7 @@ def _forward(
         target = order.restore(stats.target)
         value = _catalogue_loss.losses(problem, lse, target, options.smoothing)
         # Never read; there for the residuals to have one form on all platforms.
-        unused = _catalogue_kernel.Kept(target, jnp.zeros_like(problem.hidden, jnp.float32))
+        unused = _catalogue_kernel.Kept(stats.target, jnp.zeros_like(problem.hidden, jnp.float32))
         return value, lse, unused if keep and options.kernel else None
 
     def by_kernel(
