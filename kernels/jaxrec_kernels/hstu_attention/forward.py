@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
+from jaxrec_kernels import LANES
 from jaxrec_kernels.hstu_attention import tile as _tile
 from jaxrec_kernels.hstu_attention.biases import (
     clean,
@@ -38,6 +39,9 @@ from jaxrec_kernels.hstu_attention.step import (
     settings_of,
     slots,
 )
+
+# Of longer blocks the masks would be spilled; of others they take less time than clean vectors.
+_MASKED_UP_TO = 2 * LANES
 
 
 def forward(
@@ -71,8 +75,11 @@ def forward(
     )
     _out(settings).add_scratch(operands)
     if settings.holes:
-        width = settings.plan.group * settings.value_dim
-        operands.add_row_scratch("clean_value", settings.plan.block, width, dtype=value.dtype)
+        arrays = {"query": query, "key": key, "value": value}
+        for name in (*_cleaned_sides(settings.plan), "value"):
+            x = arrays[name]
+            width = settings.plan.group * x.shape[3]
+            operands.add_row_scratch(f"clean_{name}", settings.plan.block, width, dtype=x.dtype)
     found = operands.call(partial(_body, settings), FORWARD, interpret)
     return found.out.reshape(value.shape)
 
@@ -87,8 +94,7 @@ def _body(settings: Settings, refs: Any) -> None:
     if settings.lags:
         pl.when(first_program(plan))(lambda: fill_lag_tiles(step))
     if plan.whole:
-        spread(step)
-        out.start(step)
+        _start(step)
         _pair(step)
         out.finish(step)
         return
@@ -96,11 +102,7 @@ def _body(settings: Settings, refs: Any) -> None:
     b, i, j = (pl.program_id(axis) for axis in (0, 2, 3))
     step = step._replace(i=i, j=j)
 
-    @pl.when(j == 0)
-    def _() -> None:
-        spread(step)
-        out.start(step)
-
+    pl.when(j == 0)(lambda: _start(step))
     off_diagonal = j < i
     if settings.skips:
         off_diagonal = off_diagonal & meets(refs, plan, b, i, j)
@@ -112,9 +114,22 @@ def _body(settings: Settings, refs: Any) -> None:
         out.finish(step)
 
 
+def _cleaned_sides(plan: Plan) -> tuple[str, ...]:
+    """Of a score, so that it is a number even where nobody is, and needs no mask."""
+    return ("query", "key") if plan.block > _MASKED_UP_TO else ()
+
+
+def _start(step: Step) -> None:
+    spread(step)
+    if "query" in _cleaned_sides(step.plan):
+        clean(step, None, "query")
+    _out(step.settings).start(step)
+
+
 def _pair(step: Step) -> None:
     # In a whole row the keys are the queries, of which it is known already who is there.
-    clean(step, None if step.plan.whole else step.refs.keys, "value")
+    keys = [name for name in _cleaned_sides(step.plan) if name == "key"]
+    clean(step, None if step.plan.whole else step.refs.keys, *keys, "value")
     write_biases(step)
 
     def bundle(w: Index) -> None:
@@ -127,11 +142,17 @@ def _pair(step: Step) -> None:
 def _head(step: Step, w: Index, head: int, down: Index, size: int, along: slice, b: Index) -> None:
     settings, refs, rows = step.settings, step.refs, slots(down, size)
     own = head_of(step, w, head, "query")
-    query = own.only(refs.query[b, rows, own.registers])
-    score = _tile.dot(query, refs.key[b, along, own.registers], (1, 1))
+    sides = _cleaned_sides(step.plan)
+    queries, keys = (
+        cleaned(step, name) if name in sides else getattr(refs, name) for name in ("query", "key")
+    )
+    query = own.only(queries[b, rows, own.registers])
+    score = _tile.dot(query, keys[b, along, own.registers], (1, 1))
     bias = refs.bias[b, rows, along]
+    # Of a number and the bias of a pair that is not seen it is zero to the last bit: x - x.
     weight = _tile.weight(_tile.scaled(score, settings.scale) + bias)
-    weight = jnp.where(bias != _tile.HIDDEN, weight, 0.0)
+    if not sides:
+        weight = jnp.where(bias != _tile.HIDDEN, weight, 0.0)
 
     own = head_of(step, w, head, "value")
     value = cleaned(step, "value")[b, along, own.registers]
