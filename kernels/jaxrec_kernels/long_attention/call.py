@@ -221,6 +221,18 @@ class Step:
         x = self.refs[name][0]
         return self.key_ids.clean(x) if self.masked else x
 
+    def write_clean(self, name: str, to: str, *, of_queries: bool) -> None:
+        """The same into a buffer, some rows after others: masks of all would be spilled."""
+        ids = self.query_ids if of_queries else self.key_ids
+        for number, rows in enumerate(tiles(0, self.plan.block)):
+
+            def write(rows: slice = rows) -> None:
+                x = self.refs[name][0, rows]
+                self.refs[to][rows] = ids.clean(x, rows) if self.masked else x
+
+            # Beyond the numbers of what comes after it.
+            self.alone(self.plan.block + number, write)
+
     def mask(self, keys: slice, queries: slice, diagonal: bool) -> Array | None:
         shape = (keys.stop - keys.start, queries.stop - queries.start)
         if not self.masked:

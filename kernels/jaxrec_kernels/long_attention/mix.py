@@ -162,7 +162,7 @@ def _add(operator: Operator, turned: bool, step: Step, *, diagonal: bool) -> Non
     if operator.segmented or diagonal:
         other()
     if step.masked:
-        refs["clean"][...] = step.clean_queries("x") if turned else step.clean_keys("x")
+        step.write_clean("x", "clean", of_queries=turned)
     for number, rows in enumerate(tiles(0, plan.block)):
         across = slice(0, plan.block)
         if diagonal:
@@ -238,8 +238,8 @@ def _add_outer(operator: Operator, step: Step, *, diagonal: bool) -> None:
     step.fill_query_ids()
     step.fill_key_ids()
     if step.masked:
-        refs["clean_x"][...] = step.clean_keys("x")
-        refs["clean_g"][...] = step.clean_queries("g")
+        step.write_clean("x", "clean_x", of_queries=False)
+        step.write_clean("g", "clean_g", of_queries=True)
     number = 0
     for columns in tiles(0, plan.block):
         for head in range(plan.slab_heads if operator.groups > 1 else 1):
