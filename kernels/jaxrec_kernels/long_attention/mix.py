@@ -154,7 +154,7 @@ def _mix_step(operator: Operator, reach: int, turned: bool, step: Step) -> None:
 
 
 def _add(operator: Operator, turned: bool, step: Step, *, diagonal: bool) -> None:
-    refs, plan = step.refs, step.plan
+    plan = step.plan
     fill = [step.fill_query_ids, step.fill_key_ids]
     cleaned, other = fill if turned else fill[::-1]
     cleaned()
@@ -234,7 +234,7 @@ def _gradient_step(operator: Operator, step: Step) -> None:
 
 
 def _add_outer(operator: Operator, step: Step, *, diagonal: bool) -> None:
-    refs, plan = step.refs, step.plan
+    plan = step.plan
     step.fill_query_ids()
     step.fill_key_ids()
     if step.masked:
