@@ -12,6 +12,7 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
 from jaxrec_kernels import LANES
+from jaxrec_kernels.generations import V5E
 from jaxrec_kernels.hstu_attention import tile as _tile
 from jaxrec_kernels.hstu_attention.biases import (
     clean,
@@ -39,9 +40,7 @@ from jaxrec_kernels.hstu_attention.step import (
     settings_of,
     slots,
 )
-
-# Of longer blocks the masks would be spilled; of others they take less time than clean vectors.
-_MASKED_UP_TO = 2 * LANES
+from jaxrec_kernels.tuning import device_kind
 
 
 def forward(
@@ -75,17 +74,25 @@ def forward(
     )
     _out(settings).add_scratch(operands)
     if settings.holes:
-        arrays = {"query": query, "key": key, "value": value}
-        for name in (*_cleaned_sides(settings.plan), "value"):
-            x = arrays[name]
-            width = settings.plan.group * x.shape[3]
-            operands.add_row_scratch(f"clean_{name}", settings.plan.block, width, dtype=x.dtype)
+        width = settings.plan.group * settings.value_dim
+        operands.add_row_scratch("clean_value", settings.plan.block, width, dtype=value.dtype)
     found = operands.call(partial(_body, settings), FORWARD, interpret)
     return found.out.reshape(value.shape)
 
 
 def _out(settings: Settings) -> Sum:
-    return Sum(settings.plan, "out", settings.value_dim, 1 / settings.normalizer)
+    widest = _widest()
+    in_parts = widest is not None and settings.plan.block > widest
+    factor = 1 / settings.normalizer
+    return Sum(settings.plan, "out", settings.value_dim, factor, in_parts=in_parts)
+
+
+def _widest() -> int | None:
+    """Lanes of scores that are weighted together; None: all.
+
+    By the schedules: the masks of more are spilled on a v6e, and are not on a v5e.
+    """
+    return None if device_kind() in V5E else 2 * LANES
 
 
 def _body(settings: Settings, refs: Any) -> None:
@@ -94,7 +101,8 @@ def _body(settings: Settings, refs: Any) -> None:
     if settings.lags:
         pl.when(first_program(plan))(lambda: fill_lag_tiles(step))
     if plan.whole:
-        _start(step)
+        spread(step)
+        out.start(step)
         _pair(step)
         out.finish(step)
         return
@@ -102,7 +110,11 @@ def _body(settings: Settings, refs: Any) -> None:
     b, i, j = (pl.program_id(axis) for axis in (0, 2, 3))
     step = step._replace(i=i, j=j)
 
-    pl.when(j == 0)(lambda: _start(step))
+    @pl.when(j == 0)
+    def _() -> None:
+        spread(step)
+        out.start(step)
+
     off_diagonal = j < i
     if settings.skips:
         off_diagonal = off_diagonal & meets(refs, plan, b, i, j)
@@ -114,27 +126,14 @@ def _body(settings: Settings, refs: Any) -> None:
         out.finish(step)
 
 
-def _cleaned_sides(plan: Plan) -> tuple[str, ...]:
-    """Of a score, so that it is a number even where nobody is, and needs no mask."""
-    return ("query", "key") if plan.block > _MASKED_UP_TO else ()
-
-
-def _start(step: Step) -> None:
-    spread(step)
-    if "query" in _cleaned_sides(step.plan):
-        clean(step, None, "query")
-    _out(step.settings).start(step)
-
-
 def _pair(step: Step) -> None:
     # In a whole row the keys are the queries, of which it is known already who is there.
-    keys = [name for name in _cleaned_sides(step.plan) if name == "key"]
-    clean(step, None if step.plan.whole else step.refs.keys, *keys, "value")
+    clean(step, None if step.plan.whole else step.refs.keys, "value")
     write_biases(step)
 
     def bundle(w: Index) -> None:
         for head in range(step.plan.bundle):
-            over_spans(step, partial(_head, step, w, head))
+            over_spans(step, partial(_head, step, w, head), widest=_widest())
 
     over_bundles(step, bundle)
 
@@ -142,17 +141,11 @@ def _pair(step: Step) -> None:
 def _head(step: Step, w: Index, head: int, down: Index, size: int, along: slice, b: Index) -> None:
     settings, refs, rows = step.settings, step.refs, slots(down, size)
     own = head_of(step, w, head, "query")
-    sides = _cleaned_sides(step.plan)
-    queries, keys = (
-        cleaned(step, name) if name in sides else getattr(refs, name) for name in ("query", "key")
-    )
-    query = own.only(queries[b, rows, own.registers])
-    score = _tile.dot(query, keys[b, along, own.registers], (1, 1))
+    query = own.only(refs.query[b, rows, own.registers])
+    score = _tile.dot(query, refs.key[b, along, own.registers], (1, 1))
     bias = refs.bias[b, rows, along]
-    # Of a number and the bias of a pair that is not seen it is zero to the last bit: x - x.
     weight = _tile.weight(_tile.scaled(score, settings.scale) + bias)
-    if not sides:
-        weight = jnp.where(bias != _tile.HIDDEN, weight, 0.0)
+    weight = jnp.where(bias != _tile.HIDDEN, weight, 0.0)
 
     own = head_of(step, w, head, "value")
     value = cleaned(step, "value")[b, along, own.registers]

@@ -77,12 +77,13 @@ class Sum(NamedTuple):
     width: int
     factor: float
     rows: int | None = None  # of the sum, where it outlives the output's block
+    in_parts: bool = False  # a head's term comes in several
 
     @property
     def _at_once(self) -> bool:
         """The heads of a bundle alone meet in their registers, and come one after the other."""
         same_registers = self.plan.bundle == 1 or self.plan.bundle * self.width <= LANES
-        return self.plan.whole and same_registers
+        return self.plan.whole and same_registers and not self.in_parts
 
     def _ref(self, refs: Any) -> Any:
         return getattr(refs, f"sum_{self.name}")

@@ -23,7 +23,6 @@ from quick_compiler import QUICKEST
 from jaxrec import ops
 from jaxrec.ops import _dispatch, _hstu_core, _time_buckets
 from jaxrec_kernels.hstu_attention import facts, plan, step, supports, tile, tpu
-from jaxrec_kernels.hstu_attention import forward as forward_kernel
 
 EDGES = tuple(_time_buckets.edges(127, 32))
 NAMES = ("q", "k", "v", "position_table", "time_table")
@@ -34,11 +33,11 @@ STRICT = pltpu.InterpretParams(
 
 
 @contextmanager
-def on_kernel(interpret=True, block=plan.LARGEST_BLOCK, rows=2, masked=256, **changes):
+def on_kernel(interpret=True, block=plan.LARGEST_BLOCK, rows=2, **changes):
     """Inside, the op runs its TPU kernel, interpreted.
 
     `block`, `rows`: the most events of a block and rows of a program, so that small arrays have
-    several of each. `masked`: blocks so long have masks. `changes`: of the plan.
+    several of each. `changes`: of the plan.
     """
 
     def forced(xla, kernels, *operands):
@@ -52,7 +51,6 @@ def on_kernel(interpret=True, block=plan.LARGEST_BLOCK, rows=2, masked=256, **ch
         patch.setattr(_dispatch, "platform_switch", forced)
         patch.setattr(plan, "LARGEST_BLOCK", block)
         patch.setattr(plan, "MOST_SEQUENCES", rows)
-        patch.setattr(forward_kernel, "_MASKED_UP_TO", masked)
         patch.setattr(step, "tuned_plan", planned)
         for name in ("forward", "backward"):
             patch.setattr(tpu, name, functools.partial(getattr(tpu, name), interpret=interpret))
@@ -161,12 +159,8 @@ CASES = {
     ),
     # Blocks of two chunks.
     "cut": (((1, 300, 1, 8), "packed_holes"), {"entries": 60}, {"block": 256}),
-    "cut, no masks": (
-        ((1, 300, 1, 8), "packed_holes"),
-        {"entries": 60},
-        {"block": 256, "masked": 0, "interpret": STRICT},
-    ),
-    "whole, no masks": (((2, 140, 2, 8), "right"), {"candidates": [7, 40]}, {"masked": 0}),
+    # Of 300 lanes of scores 256 are taken first.
+    "parts": (((1, 300, 1, 8), "packed_holes"), {"tables": "positions"}, {"interpret": STRICT}),
     "cut, heads": (
         ((2, 150, 4, 64), "plain"),
         {"tables": "positions", "candidates": [40, 3]},
@@ -188,7 +182,7 @@ def test_values_and_gradients(name):
     case.check(run())
 
 
-@pytest.mark.parametrize("name", ["cut", "candidates", "cut, no masks", "whole, no masks"])
+@pytest.mark.parametrize("name", ["cut", "candidates"])
 def test_what_is_not_there_is_not_read(name):
     """Vectors, times and gradients of invalid slots, entries of the tables that no pair meets."""
     case, run = compiled(name)
