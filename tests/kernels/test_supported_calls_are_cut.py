@@ -6,11 +6,14 @@ than the lanes left to the rule of those that fill a part of them.
 
 import jax
 import jax.numpy as jnp
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxrec.ops import _catalogue_kernel, _positional_kernel_core
-from jaxrec_kernels import LANES, hstu_attention, positional_kernel_attention
+from jaxrec_kernels import LANES, hstu_attention, positional_kernel_attention, tuning
+from jaxrec_kernels.generations import V5E, V6E
+from jaxrec_kernels.positional_kernel_attention import spec
 from jaxrec_kernels.positional_kernel_attention.spec import Cut
 
 DTYPES = st.sampled_from([jnp.float32, jnp.bfloat16])
@@ -39,6 +42,16 @@ def test_positional_kernel_attention(batch, length, heads, width, dtype, operato
         assert batch % cut.rows == 0
         assert cut.rows % cut.packed == 0
         assert cut.packed == 1 or cut.packed * heads * width <= LANES
+
+
+@pytest.mark.parametrize("kind", [V5E[0], V6E[0]])
+@pytest.mark.parametrize("length", [268, 300, 490])
+def test_wide_slabs_fit_the_memory(kind, length):
+    """As many at once as fit, where a chip schedules more of them together than others do."""
+    query = jax.ShapeDtypeStruct((8, length, 8, 256), jnp.float32)
+    with tuning.compiling_for(kind):
+        size = spec.size_of(query, (jnp.zeros((1, 1, 1)), None))
+    assert spec.vmem_bytes(size, spec.cut_for(size)) <= spec.VMEM_BYTES - spec.SPARE_BYTES
 
 
 @EXAMPLES

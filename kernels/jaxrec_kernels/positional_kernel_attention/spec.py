@@ -117,7 +117,13 @@ def size_of(query: Any, operators: tuple[Any, ...]) -> Size:
     groups = sum(min(x.shape[0], slab_heads) for x in given)
     itemsize = query.dtype.itemsize
     regions = regions_for(tuning.device_kind(), length)
-    return Size(batch, length, heads, head_dim, slab_heads, itemsize, len(given), groups, regions)
+    sizes = batch, length, heads, head_dim, slab_heads, itemsize, len(given), groups
+    size = Size(*sizes, regions)
+    # Wide slabs of which fewer fit at once.
+    while regions.group_tiles > 1 and vmem_bytes(size, cut_for(size)) > VMEM_BYTES - SPARE_BYTES:
+        regions = regions._replace(group_tiles=regions.group_tiles // 2)
+        size = Size(*sizes, regions)
+    return size
 
 
 def tuned_cut(kernel: str, size: Size) -> Cut:
