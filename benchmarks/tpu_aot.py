@@ -3,6 +3,7 @@
     python -m benchmarks.tpu_aot                                       # everything; takes an hour
     python -m benchmarks.tpu_aot --op linear_cross_entropy --shape v100k --chips v5e
     python -m benchmarks.tpu_aot --op hstu_attention --chips v5e --json FILE.json
+    python -m benchmarks.tpu_aot --op hstu_attention --json FILE.json --impl pallas  # XLA's stay
 
 Every op is compiled ahead of time for every chip on its named shapes, forward and with its
 gradient, once as XLA's form and once as the Pallas kernel where there is one, each in a process of
@@ -22,7 +23,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import tyro
 from rich.console import Console
@@ -36,6 +37,8 @@ from benchmarks.tpu.step_table import mesh_of, step_rows, step_table
 from benchmarks.tpu.train_step import MODELS
 from jaxrec.errors import UserError
 
+Implementation = Literal["xla", "pallas"]
+
 
 @dataclass(frozen=True)
 class Arguments:
@@ -46,6 +49,8 @@ class Arguments:
     shape: tuple[str, ...] = ()
     """Names of shapes in jaxrec_kernels.shapes, by default all."""
     direction: tuple[Literal["forward", "forward+backward"], ...] = ()
+    impl: tuple[Implementation, ...] = get_args(Implementation)
+    """Sides of the ops to compile; the figures of the other stay as --json has them."""
     train_step: tuple[Literal["sasrec", "hstu"], ...] = ()
     """Models whose train step is compiled: SASRec with the positional kernel, HSTU. By default
     both; none where ops or shapes are given."""
@@ -62,15 +67,44 @@ class Arguments:
     """Write the figures here, after every row; a file that is there is continued."""
 
 
-def rows(arguments: Arguments) -> Iterator[dict[str, Any]]:
-    """A row for every chip and case, XLA beside the kernel."""
-    for case in cases(arguments.op, arguments.shape, arguments.direction):
-        for chip in arguments.chips:
-            for dtype in arguments.dtype:
-                yield _row(case, chip, dtype)
+def rows(arguments: Arguments, results: Results) -> Iterator[dict[str, Any]]:
+    """A row for every chip and case, XLA beside the kernel.
+
+    Raises:
+      UserError: a side that is not compiled has no figures in `results` either.
+    """
+    wanted = [
+        (case, chip, dtype)
+        for case in cases(arguments.op, arguments.shape, arguments.direction)
+        for chip in arguments.chips
+        for dtype in arguments.dtype
+    ]
+    kept = [_kept(arguments, results, *one) for one in wanted]
+    for one, sides in zip(wanted, kept, strict=True):
+        yield _row(*one, sides)
 
 
-def _row(case: Case, chip: str, dtype: str) -> dict[str, Any]:
+def _kept(
+    arguments: Arguments, results: Results, case: Case, chip: str, dtype: str
+) -> dict[str, Any]:
+    """The sides of a row that are not compiled again."""
+    others = [name for name in get_args(Implementation) if name not in arguments.impl]
+    if not others:
+        return {}
+    row = results.op_row(
+        op=case.op, shape=case.shape, direction=case.direction, dtype=dtype, chip=chip
+    )
+    if row is None:
+        raise UserError(
+            f"--impl {' '.join(arguments.impl)}: no row of {case.op} {case.shape} "
+            f"{case.direction} {dtype} for {chip} to take {others[0]} from in --json "
+            f"{arguments.json}; compile both once"
+        )
+    return {name: row[name] for name in others}
+
+
+def _row(case: Case, chip: str, dtype: str, kept: dict[str, Any]) -> dict[str, Any]:
+    """`kept`: the figures of sides that are not compiled."""
     cost = case.cost(2 if dtype == "bfloat16" else 4)
     row: dict[str, Any] = {
         "op": case.op,
@@ -85,7 +119,10 @@ def _row(case: Case, chip: str, dtype: str) -> dict[str, Any]:
             CHIPS[chip].roofline_seconds(cost.flops, cost.bytes) * CHIPS[chip].hertz
         ),
     }
-    for implementation in ("xla", "pallas"):
+    for implementation in get_args(Implementation):
+        if implementation in kept:
+            row[implementation] = kept[implementation]
+            continue
         spec = {
             "op": case.op,
             "shape": case.shape,
@@ -170,13 +207,17 @@ def main(arguments: Arguments) -> int:
     of_ops = bool(arguments.op or arguments.shape or arguments.direction)
     ops, steps = [], []
     if of_ops or not arguments.train_step:
-        for row in rows(arguments):
-            ops.append(row)
-            results.add_op(row)
-            for name in ("xla", "pallas"):
-                if "error" in row[name]:
-                    console.print(f"{row['op']} {row['shape']} {name}: {row[name]['error']}")
-            _progress(console, row["op"], row["shape"], row["direction"], row["chip"])
+        try:
+            for row in rows(arguments, results):
+                ops.append(row)
+                results.add_op(row)
+                for name in get_args(Implementation):
+                    if "error" in row[name]:
+                        console.print(f"{row['op']} {row['shape']} {name}: {row[name]['error']}")
+                _progress(console, row["op"], row["shape"], row["direction"], row["chip"])
+        except UserError as error:
+            print(error, file=sys.stderr)
+            return 2
     if arguments.train_step or not of_ops:
         for row in step_rows(
             arguments.train_step or tuple(MODELS),

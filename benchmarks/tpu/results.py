@@ -5,6 +5,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from benchmarks.cases import cases
+from benchmarks.tpu.chips import CHIPS
 from jaxrec.errors import UserError
 from jaxrec.training.results import versions
 
@@ -18,6 +20,9 @@ _COMPILER = ("jax", "libtpu")
 
 class Results:
     """Rows of ops and of train steps; of a row measured again the last counts.
+
+    Ops and their shapes are written in the order of `benchmarks.cases`, whatever order they were
+    measured in.
 
     Args:
       path: written after every row, and continued if it is there; None to write nothing.
@@ -48,8 +53,13 @@ class Results:
                     f"{self._versions.get(name)}; give another file"
                 )
 
+    def op_row(self, **of: Any) -> dict[str, Any] | None:
+        """The row of this op, shape, direction, dtype and chip, where there is one."""
+        return next((row for row in self._rows if _key(row, _OP_KEY) == _key(of, _OP_KEY)), None)
+
     def add_op(self, row: dict[str, Any]) -> None:
         _replace(self._rows, row, _OP_KEY)
+        self._rows.sort(key=_place)
         self._write()
 
     def add_step(self, row: dict[str, Any]) -> None:
@@ -70,11 +80,21 @@ class Results:
 
 
 def _replace(rows: list[dict[str, Any]], row: dict[str, Any], names: tuple[str, ...]) -> None:
-    def key(of: dict[str, Any]) -> str:
-        # As text: a tuple comes back from JSON as a list.
-        return json.dumps([of[name] for name in names])
+    rows[:] = [other for other in rows if _key(other, names) != _key(row, names)] + [row]
 
-    rows[:] = [other for other in rows if key(other) != key(row)] + [row]
+
+def _key(row: dict[str, Any], names: tuple[str, ...]) -> str:
+    # As text: a tuple comes back from JSON as a list.
+    return json.dumps([row[name] for name in names])
+
+
+def _place(row: dict[str, Any]) -> tuple[int, ...]:
+    """Where a row of an op stands in the file."""
+    order = [(case.op, case.shape, case.direction) for case in cases()]
+    of = row["op"], row["shape"], row["direction"]
+    # Of a shape that had this name once: behind all others.
+    place = order.index(of) if of in order else len(order)
+    return place, list(CHIPS).index(row["chip"]), row["dtype"] != "bfloat16"
 
 
 def _with_libtpu(found: dict[str, str]) -> dict[str, str]:

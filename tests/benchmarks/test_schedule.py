@@ -541,6 +541,35 @@ def test_the_table_says_what_is_missing(capsys):
         assert text in shown
 
 
+def test_one_side_is_measured_again_and_the_other_kept(tmp_path, monkeypatch, capsys):
+    """Seen to fail for: both sides compiled, the old ratio kept, rows in the order of measuring."""
+    path, cycles, compiled = tmp_path / "rows.json", {"xla": 8000, "pallas": 4000}, []
+
+    def in_a_process(module, spec):
+        compiled.append(spec["implementation"])
+        return side(cycles[spec["implementation"]])
+
+    monkeypatch.setattr(tpu_aot, "in_a_process", in_a_process)
+    given = {"op": ("hstu_attention",), "chips": ("v5e",), "direction": ("forward",), "json": path}
+    assert tpu_aot.main(tpu_aot.Arguments(shape=("n200",), **given)) == 0
+    assert tpu_aot.main(tpu_aot.Arguments(shape=("n50",), **given)) == 0
+    assert compiled == ["xla", "pallas"] * 2
+    cycles |= {"pallas": 2000, "xla": 1}
+    assert tpu_aot.main(tpu_aot.Arguments(shape=("n50",), impl=("pallas",), **given)) == 0
+    assert compiled[4:] == ["pallas"]
+    rows = json.loads(path.read_text())["rows"]
+    assert [(row["shape"], row["ratio"]) for row in rows] == [("n50", 0.25), ("n200", 0.5)]
+    assert rows[0]["xla"]["cycles"] == 8000
+    capsys.readouterr()
+    wanted = tpu_aot.Arguments(shape=("n50", "n1024"), impl=("pallas",), **given)
+    assert tpu_aot.main(wanted) == 2
+    message = (
+        f"no row of hstu_attention n1024 forward bfloat16 for v5e to take xla from in --json {path}"
+    )
+    assert message in capsys.readouterr().err
+    assert compiled[5:] == []
+
+
 def test_results_tell_the_ratios_of_gradients():
     row = {"op": "an_op", "chip": "v5e", "direction": "forward+backward", "ratio": 0.5}
     rows = [

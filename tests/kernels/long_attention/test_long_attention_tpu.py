@@ -17,6 +17,8 @@ from positional_kernel_cases import FULL, NAN, NONE, RACES, TAPS, Case, on_kerne
 
 from jaxrec import ops
 from jaxrec.ops import _positional_kernel_core
+from jaxrec_kernels import tuning
+from jaxrec_kernels.generations import V5E, V6E
 from jaxrec_kernels.long_attention import plan
 
 
@@ -51,9 +53,12 @@ def test_values_and_gradients_are_those_of_xla(shape, pattern, structure, option
     compare(Case(shape, pattern, structure, **options))
 
 
-def test_blocks_of_several_tiles(monkeypatch):
+@pytest.mark.parametrize(("kind", "length"), [(V5E[0], 500), (V6E[0], 400)])
+def test_blocks_of_several_tiles(kind, length, monkeypatch):
+    """In the order of each chip; of other lengths, so that nothing traced for one serves both."""
     monkeypatch.setattr(plan, "_LARGEST_BLOCK", 256)
-    compare(Case((1, 500, 1, 16), "packed", (TAPS, TAPS)))
+    with tuning.compiling_for(kind):
+        compare(Case((1, length, 1, 16), "packed", (TAPS, TAPS)))
 
 
 def test_the_literal_form_in_float64():

