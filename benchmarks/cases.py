@@ -105,22 +105,39 @@ def program(
 ) -> Program:
     """The function of a case, and its arguments' shapes.
 
+    Queries, keys, values and the output are `[batch, length, heads * head_dim]`, as the products
+    before and behind the op have them: narrow heads in an array of their own would be filled up to
+    whole registers, and moving that would be what is measured.
+
     Args:
       case: the op, its shape and its direction.
       dtype: of the float arguments.
       implementation: what the op is told.
-      instead: another function of the same arguments, computed in the op's place.
+      instead: another function of the op's arguments, computed in its place.
     """
-    f, floats, others = _OPS[case.op].build(case.size, dtype, implementation)
-    f = f if instead is None else instead
+    op, floats, others = _OPS[case.op].build(case.size, dtype, implementation)
+    op = op if instead is None else instead
+    wanted = (*floats, *others)
+
+    def f(*arguments: jax.Array) -> jax.Array:
+        pairs = zip(arguments, wanted, strict=True)
+        found: jax.Array = op(*(x.reshape(spec.shape) for x, spec in pairs))
+        return found.reshape(_beside(found.shape))
+
+    specs = tuple(jax.ShapeDtypeStruct(_beside(spec.shape), spec.dtype) for spec in wanted)
     if not case.backward:
-        return Program(f, (*floats, *others))
+        return Program(f, specs)
 
     def total(*arguments: jax.Array) -> jax.Array:
         # A square, so that every element has a cotangent of its own.
         return (f(*arguments).astype(jnp.float32) ** 2).sum()
 
-    return Program(jax.grad(total, tuple(range(len(floats)))), (*floats, *others))
+    return Program(jax.grad(total, tuple(range(len(floats)))), specs)
+
+
+def _beside(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """With heads side by side, where there are some."""
+    return (*shape[:2], shape[2] * shape[3]) if len(shape) == 4 else shape
 
 
 def argument_names(case: Case, dtype: Any) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ Not in it: waiting for DMAs, which overlap with the bundles where a program is w
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 # A branch takes effect after this many more bundles.
@@ -20,6 +20,7 @@ _BUNDLE = re.compile(r"^\s*(0x[0-9a-f]+|0)\s+(?:[A-Z]{2})?\s*:\s*>*\s*\{", re.MU
 _REGION = re.compile(r"Start(?:/End empty)? region (\d+)")
 _BRANCH = re.compile(r"sbr\.rel (?:\((!?)(%\w+)\) )?target = \$region(\d+)")
 _COMPARE = r"{} = scmp\.(ge|lt)\.s32\.totalorder (%\w+), (\d+)\b"
+_JOINED = r"{} = (pnand|pand|por) (!?)(%\w+), (!?)(%\w+)"
 _VECTOR = re.compile(r"%v\w+ = (\w+)")
 # A register of 8 by 128 words; the bytes that one store moves.
 _STORE_BYTES = 4096
@@ -34,15 +35,31 @@ class Region(NamedTuple):
     """Bundles from `first` up to `stop`, run `times` as often as what is around them.
 
     `kind` is "loop", "conditional", or "guard": the condition around nearly all of a loop by which
-    its first and last rounds only move data. A loop whose number of rounds is no constant has
-    `times` None and is counted once; it is a "copy" where it only moves, for the pipeline, a block
-    of what lies in VMEM.
+    its first and last rounds only move data; its `times` are the share of rounds in which it holds.
+    A loop whose number of rounds is no constant has `times` None and is counted once; it is a
+    "copy" where it only moves, for the pipeline, a block of what lies in VMEM. A guard that is not
+    understood has None too, and counts in every round.
     """
 
     kind: str
     first: int
     stop: int
-    times: int | None
+    times: float | None
+
+
+class _Branch(NamedTuple):
+    """A branch that is taken where the predicate holds, or does not."""
+
+    predicate: str  # empty: always taken
+    negated: bool
+
+
+class _Counter(NamedTuple):
+    """Of a loop: the register that holds it within a round, its first value, and all rounds."""
+
+    register: str
+    start: int
+    rounds: int
 
 
 class Bundles(NamedTuple):
@@ -155,9 +172,10 @@ def _regions(texts: list[str], listing: str) -> tuple[Region, ...]:
             begins.setdefault(number, place)
     # The region at the very end has no mark of its own.
     exits = "/* exit bundle" in texts[-1] and re.search(r" (PF|CT):", texts[-1].partition("{")[0])
-    found = []
+    found, branches = [], {}
     for place, text in enumerate(texts):
         for negated, predicate, target in _BRANCH.findall(text):
+            branch = _Branch(predicate, bool(negated))
             if target not in begins and exits:
                 begins[target] = len(texts) - 1
             if target not in begins:
@@ -166,16 +184,25 @@ def _regions(texts: list[str], listing: str) -> tuple[Region, ...]:
                 )
             after, to = min(place + 1 + DELAY_SLOTS, len(texts)), begins[target]
             if to <= place:
-                rounds = _rounds(predicate, bool(negated), listing)
-                found.append(Region("loop", to, after, rounds))
+                counter = _counter(branch, listing)
+                found.append(Region("loop", to, after, counter and counter.rounds))
             elif to > after:
                 found.append(Region("conditional", after, to, None))
+            else:
+                continue
+            branches[found[-1]] = branch
     found.sort(key=lambda r: (r.first, -r.stop))
     # Of the outermost loops.
     loops = [r for r in found if r.kind == "loop"]
     outer = [a for a in loops if not any(b.first < a.first and a.stop < b.stop for b in loops)]
-    guards = {next((r for r in found if _fills(r, loop)), None) for loop in outer}
-    found = [r._replace(kind="guard") if r in guards else r for r in found]
+    guards = {}
+    for loop in outer:
+        guard = next((r for r in found if _fills(r, loop)), None)
+        if guard is not None:
+            counter = _counter(branches[loop], listing)
+            share = counter and _share_of_rounds(branches[guard], counter, listing)
+            guards[guard] = guard._replace(kind="guard", times=share)
+    found = [guards.get(r, r) for r in found]
     moves = [r for r in found if _moves_blocks(r, found, texts)]
 
     def copies(region: Region) -> bool:
@@ -237,13 +264,14 @@ def _fills(region: Region, loop: Region) -> bool:
     return region.kind == "conditional" and inside and long
 
 
-def _rounds(predicate: str, negated: bool, listing: str) -> int | None:
-    """How often a loop runs whose closing branch is taken on `predicate`; None if not constant.
+def _counter(branch: _Branch, listing: str) -> _Counter | None:
+    """Of the loop that is closed by this branch; None if its rounds are not constant.
 
     The counter starts at a constant, goes up by one, and the loop is left when it reaches another.
     """
-    compare = re.search(_COMPARE.format(re.escape(predicate)), listing) if predicate else None
-    if compare is None or (compare.group(1) == "ge") != negated:
+    predicate = re.escape(branch.predicate)
+    compare = re.search(_COMPARE.format(predicate), listing) if predicate else None
+    if compare is None or (compare.group(1) == "ge") != branch.negated:
         return None
     counter, limit = _origin(compare.group(2), listing), int(compare.group(3))
     step = re.search(rf"{re.escape(counter)} = sadd\.s32 1, (%\w+)", listing)
@@ -254,7 +282,42 @@ def _rounds(predicate: str, negated: bool, listing: str) -> int | None:
     if phi is None or _origin(phi.group(2), listing) != counter:
         return None
     start = _origin(phi.group(1), listing)
-    return max(limit - int(start), 1) if start.isdecimal() else None
+    if not start.isdecimal():
+        return None
+    return _Counter(before, int(start), max(limit - int(start), 1))
+
+
+def _share_of_rounds(branch: _Branch, counter: _Counter, listing: str) -> float | None:
+    """In which share of a loop's rounds this branch is not taken; None if that is not known."""
+    holds = _condition(branch.predicate, counter, listing)
+    if holds is None:
+        return None
+    rounds = range(counter.start, counter.start + counter.rounds)
+    return sum(holds(i) == branch.negated for i in rounds) / counter.rounds or None
+
+
+def _condition(predicate: str, counter: _Counter, listing: str) -> Callable[[int], bool] | None:
+    """The predicate as a function of a loop's counter; None where it depends on anything else."""
+    name = re.escape(predicate)
+    compare = re.search(_COMPARE.format(name), listing) if predicate else None
+    if compare is not None and _origin(compare.group(2), listing) == counter.register:
+        limit, below = int(compare.group(3)), compare.group(1) == "lt"
+        return lambda i: (i < limit) == below
+    joined = re.search(_JOINED.format(name), listing) if predicate else None
+    if joined is None:
+        return None
+    how, *parts = joined.groups()
+    one, other = (_condition(part, counter, listing) for part in parts[1::2])
+    if one is None or other is None:
+        return None
+    turned, other_turned = (bool(sign) for sign in parts[::2])
+
+    def both(i: int) -> tuple[bool, bool]:
+        return one(i) != turned, other(i) != other_turned
+
+    if how == "por":
+        return lambda i: any(both(i))
+    return lambda i: all(both(i)) == (how == "pand")
 
 
 def _origin(register: str, listing: str) -> str:

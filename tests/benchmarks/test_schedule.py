@@ -146,6 +146,40 @@ def test_the_guard_of_a_pipeline_is_no_condition():
     assert read_bundles(guarded(), usage(32), shares=(0.1, 1.0)).cycles == 2 + 30 * 10
 
 
+PIPELINE = (
+    "%p1 = pnand %p4, %p5 ;; %p4 = scmp.ge.s32.totalorder %s0, 1 ;; "
+    "%p5 = scmp.lt.s32.totalorder %s0, 9"
+)
+
+
+@pytest.mark.parametrize(
+    ("condition", "taken", "rounds"),
+    [
+        (PIPELINE, "%p1", 8),  # as kernels and fusions have it
+        (PIPELINE.replace("pnand", "pand"), "!%p1", 8),
+        (PIPELINE.replace("pnand %p4", "por !%p4").replace("%p5 ;;", "!%p5 ;;"), "%p1", 8),
+        ("%p1 = scmp.lt.s32.totalorder %s0, 1", "%p1", 9),
+        ("%p1 = scmp.lt.s32.totalorder %s0, 7", "!%p1", 7),
+        ("%p1 = scmp.ge.s32.totalorder %s0, 7", "%p1", 7),
+        # Of another register, and of none: in all of them.
+        ("%p1 = scmp.ge.s32.totalorder %s8, 7", "%p1", 10),
+        (PIPELINE.replace("ge.s32.totalorder %s0", "ge.s32.totalorder %s8"), "%p1", 10),
+        ("%p1 = pneg %p4", "%p1", 10),
+    ],
+)
+def test_what_a_guard_holds_is_counted_as_often_as_it_lets_in(condition, taken, rounds):
+    text = guarded().replace("%s9 = smov 0", f"%s9 = smov 0 ;; {condition}")
+    text = text.replace("sbr.rel (%p1)", f"sbr.rel ({taken})")
+    found = read_bundles(text, usage(32))
+    guard = found.regions[1]
+    assert guard.kind == "guard"
+    inside = guard.stop - guard.first
+    assert found.cycles == 2 + (30 - inside) * 10 + inside * rounds
+    # A condition in it holds in a share of the rounds that are let in.
+    known = read_bundles(text, usage(32), shares=(0.5,))
+    assert known.cycles == round(2 + (30 - inside) * 10 + (inside - 2.5) * rounds)
+
+
 def copying(work="%v3 = vadd.f32 %v, %v2"):
     """A loop whose pipeline moves a block within VMEM, in rounds that depend on data."""
     return listing(
