@@ -173,7 +173,11 @@ class Program:
         if instruction.opcode == "copy-start":
             # Its result names the source again.
             return _hbm(arrays[0].arrays) + _hbm(instruction.arrays[:1])
-        if instruction.opcode == "copy-done":
+        if instruction.opcode.removesuffix("-start") in _SLICES:
+            # The source again, the slice, and what tells that it is there.
+            _, part, *_ = instruction.arrays
+            return part.bytes * bool(_hbm(arrays[0].arrays)) + _hbm([part])
+        if instruction.opcode.endswith("-done"):
             return 0
         return sum(_hbm(a.arrays) for a in arrays) + _hbm(instruction.arrays)
 

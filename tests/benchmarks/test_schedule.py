@@ -330,6 +330,20 @@ def files(**changed):
 TRAFFIC = [KernelTraffic("add_rows", 4, (1000, 2000, 300), None)]
 
 
+def test_of_an_array_that_is_sliced_while_something_else_runs_the_slice_is_moved():
+    slice_start = """  %slice-start = ((f32[1000,64]{1,0:T(8,128)}), \
+f32[8,64]{1,0:T(8,128)S(1)}, s32[]{:S(2)}) slice-start(%x.1), slice={[0:8], [0:64]}
+  %slice-done = f32[8,64]{1,0:T(8,128)S(1)} slice-done(%slice-start)
+"""
+    tuple_2 = "  %tuple.2 = "
+    sliced = PROGRAM.replace(tuple_2, slice_start + tuple_2)
+    before, after = (
+        read_schedule(text, files(), V5E, traffic=TRAFFIC).background_bytes
+        for text in (PROGRAM, sliced)
+    )
+    assert after - before == BLOCK
+
+
 def test_a_program_is_the_sum_of_its_parts():
     found = read_schedule(PROGRAM, files(), V5E, traffic=TRAFFIC, temporaries=5)
     fusion, kernel, last = found.parts
