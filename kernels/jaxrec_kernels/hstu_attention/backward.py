@@ -310,12 +310,12 @@ def _keys(step: Step, w: Index, head: int, down: Index, size: int, along: slice,
     own = head_of(step, w, head, "value")
     d_out = cleaned(step, "d_out")[b, along, own.registers]
     d_value = own.only(_tile.dot(refs.weights[b, rows, along], d_out, (1, 0)))
-    sums.value.add(step, head, (b, rows, own.registers), d_value)
+    sums.value.add(step, range(head, head + 1), (b, rows, own.registers), d_value)
 
     own = head_of(step, w, head, "query")
     query = cleaned(step, "query")[b, along, own.registers]
     d_key = own.only(_tile.dot(refs.d_scores[b, rows, along], query, (1, 0)))
-    sums.key.add(step, head, (b, rows, own.registers), d_key)
+    sums.key.add(step, range(head, head + 1), (b, rows, own.registers), d_key)
 
 
 def _queries(
@@ -328,7 +328,7 @@ def _queries(
     d_query = own.only(_tile.dot(d_score, key, (0, 0)))
     at = (b, slots(chunk, size), own.registers)
     row = None if step.plan.whole else step.i
-    _sums(step.settings).query.add(step, head, at, d_query, row)
+    _sums(step.settings).query.add(step, range(head, head + 1), at, d_query, row)
 
 
 def _lags(step: Step, down: Index, along: Index, size: int, b: Index) -> None:

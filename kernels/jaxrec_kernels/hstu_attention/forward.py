@@ -1,27 +1,23 @@
 """The forward kernel.
 
-The outer blocks are of queries. For a pair of blocks: the biases of all tiles, then head by head
-the weights of a chunk of queries for all keys, and their product with the values.
+The outer blocks are of queries. For a pair of blocks: the biases of all tiles, then for some heads
+at a time the scores of chunks of queries, their weights and the products of these with the values,
+which hand over through the chip's memory.
 """
 
 from functools import partial
 from typing import Any
 
-import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
-from jaxrec_kernels import LANES
-from jaxrec_kernels.generations import V5E
-from jaxrec_kernels.hstu_attention import tile as _tile
 from jaxrec_kernels.hstu_attention.biases import (
     clean,
-    cleaned,
     fill_lag_tiles,
     spread,
     write_biases,
 )
-from jaxrec_kernels.hstu_attention.heads import Sum, add_lanes, head_of
+from jaxrec_kernels.hstu_attention.heads import add_lanes
 from jaxrec_kernels.hstu_attention.operands import (
     Operand,
     Operands,
@@ -31,16 +27,13 @@ from jaxrec_kernels.hstu_attention.operands import (
     meets,
 )
 from jaxrec_kernels.hstu_attention.plan import FORWARD, Plan
+from jaxrec_kernels.hstu_attention.stages import add_stages, add_weighted_values, output_of
 from jaxrec_kernels.hstu_attention.step import (
-    Index,
     Settings,
     Step,
     over_bundles,
-    over_spans,
     settings_of,
-    slots,
 )
-from jaxrec_kernels.tuning import device_kind
 
 
 def forward(
@@ -72,7 +65,8 @@ def forward(
     operands.outputs["out"] = Operand(
         flat_like(value), operands.vectors(settings.value_dim, of_keys=False)
     )
-    _out(settings).add_scratch(operands)
+    output_of(settings).add_scratch(operands)
+    add_stages(settings, operands, value.dtype)
     if settings.holes:
         width = settings.plan.group * settings.value_dim
         operands.add_row_scratch("clean_value", settings.plan.block, width, dtype=value.dtype)
@@ -80,23 +74,8 @@ def forward(
     return found.out.reshape(value.shape)
 
 
-def _out(settings: Settings) -> Sum:
-    widest = _widest()
-    in_parts = widest is not None and settings.plan.block > widest
-    factor = 1 / settings.normalizer
-    return Sum(settings.plan, "out", settings.value_dim, factor, in_parts=in_parts)
-
-
-def _widest() -> int | None:
-    """Lanes of scores that are weighted together; None: all.
-
-    By the schedules: the masks of more are spilled on a v6e, and are not on a v5e.
-    """
-    return None if device_kind() in V5E else 2 * LANES
-
-
 def _body(settings: Settings, refs: Any) -> None:
-    plan, out = settings.plan, _out(settings)
+    plan, out = settings.plan, output_of(settings)
     step = Step(settings, refs)
     if settings.lags:
         pl.when(first_program(plan))(lambda: fill_lag_tiles(step))
@@ -131,23 +110,4 @@ def _pair(step: Step) -> None:
     clean(step, None if step.plan.whole else step.refs.keys, "value")
     write_biases(step)
 
-    def bundle(w: Index) -> None:
-        for head in range(step.plan.bundle):
-            over_spans(step, partial(_head, step, w, head), widest=_widest())
-
-    over_bundles(step, bundle)
-
-
-def _head(step: Step, w: Index, head: int, down: Index, size: int, along: slice, b: Index) -> None:
-    settings, refs, rows = step.settings, step.refs, slots(down, size)
-    own = head_of(step, w, head, "query")
-    query = own.only(refs.query[b, rows, own.registers])
-    score = _tile.dot(query, refs.key[b, along, own.registers], (1, 1))
-    bias = refs.bias[b, rows, along]
-    weight = _tile.weight(_tile.scaled(score, settings.scale) + bias)
-    weight = jnp.where(bias != _tile.HIDDEN, weight, 0.0)
-
-    own = head_of(step, w, head, "value")
-    value = cleaned(step, "value")[b, along, own.registers]
-    out = own.only(_tile.dot(weight.astype(value.dtype), value, (1, 0)))
-    _out(settings).add(step, head, (b, rows, own.registers), out)
+    over_bundles(step, partial(add_weighted_values, step))

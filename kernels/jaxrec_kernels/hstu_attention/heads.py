@@ -77,13 +77,12 @@ class Sum(NamedTuple):
     width: int
     factor: float
     rows: int | None = None  # of the sum, where it outlives the output's block
-    in_parts: bool = False  # a head's term comes in several
 
     @property
     def _at_once(self) -> bool:
         """The heads of a bundle alone meet in their registers, and come one after the other."""
         same_registers = self.plan.bundle == 1 or self.plan.bundle * self.width <= LANES
-        return self.plan.whole and same_registers and not self.in_parts
+        return self.plan.whole and same_registers
 
     def _ref(self, refs: Any) -> Any:
         return getattr(refs, f"sum_{self.name}")
@@ -101,14 +100,17 @@ class Sum(NamedTuple):
         ref = ref if row is None else ref.at[row]
         ref[...] = jnp.zeros(ref.shape, jnp.float32)
 
-    def add(self, step: Step, head: int, at: Any, value: Array, row: Index = None) -> None:
-        """Adds a head's term at `(b, rows, registers)`; `row` of the sum where it is not b."""
+    def add(self, step: Step, heads: range, at: Any, value: Array, row: Index = None) -> None:
+        """Adds the term of some heads at `(b, rows, registers)`.
+
+        Heads come in their order; `row` is of the sum where it is not b.
+        """
         if not self._at_once:
             self._ref(step.refs)[at if row is None else (row, *at[1:])] += value
             return
-        if head > 0:
+        if heads.start > 0:
             value = value + self._ref(step.refs)[at]
-        if head == self.plan.bundle - 1:
+        if heads.stop == self.plan.bundle:
             self._write(step, at, value)
         else:
             self._ref(step.refs)[at] = value

@@ -110,13 +110,40 @@ def over(step: Step, count: int, body: Callable[[Index], None]) -> None:
 
 def over_rows(step: Step, body: Callable[[Index], None]) -> None:
     """`body(b)` for a program's rows, some of them scheduled together."""
-    together = step.plan.together
+
+    def some(rows: list[Index]) -> None:
+        for b in rows:
+            body(b)
+
+    over_some_rows(step, step.plan.together, some)
+
+
+def over_some_rows(step: Step, count: int, body: Callable[[list[Index]], None]) -> None:
+    """`body(rows)` for a program's rows, so many at a time."""
 
     def some(first: Index) -> None:
-        for b in range(together):
-            body(first * together + b)
+        body([first * count + b for b in range(count)])
 
-    over(step, step.plan.sequences // together, some)
+    over(step, step.plan.sequences // count, some)
+
+
+def alone(step: Step, body: Callable[[], Any]) -> None:
+    """Runs what is scheduled by itself."""
+
+    def turn(_: Index) -> None:
+        body()
+
+    over(step, 1, turn)
+
+
+def spans(step: Step) -> list[tuple[int, int, slice]]:
+    """Each chunk on sublanes, its size, and all lanes that it may meet."""
+    plan, found = step.plan, []
+    for down in range(plan.chunks):
+        meeting = _meeting(step, down) if step.diagonal else range(plan.chunks)
+        along = slice(meeting.start * LANES, min(meeting.stop * LANES, plan.block))
+        found.append((down, plan.chunk(down), along))
+    return found
 
 
 def over_chunks(step: Step, body: Callable[[Index, int, Index], None]) -> None:
@@ -124,8 +151,12 @@ def over_chunks(step: Step, body: Callable[[Index, int, Index], None]) -> None:
     if not step.plan.whole:
         over(step, step.plan.chunks, lambda chunk: body(chunk, LANES, 0))
         return
-    for chunk in range(step.plan.chunks):
-        over_rows(step, partial(body, chunk, step.plan.chunk(chunk)))
+
+    def all_chunks(b: Index) -> None:
+        for chunk in range(step.plan.chunks):
+            body(chunk, step.plan.chunk(chunk), b)
+
+    over_rows(step, all_chunks)
 
 
 def over_tiles(step: Step, body: Callable[[Index, Index, int, Index], None]) -> None:

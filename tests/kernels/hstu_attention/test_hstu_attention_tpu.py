@@ -8,7 +8,7 @@ a segment.
 """
 
 import functools
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import attention_cases as cases
 import jax
@@ -22,6 +22,8 @@ from quick_compiler import QUICKEST
 
 from jaxrec import ops
 from jaxrec.ops import _dispatch, _hstu_core, _time_buckets
+from jaxrec_kernels import tuning
+from jaxrec_kernels.generations import V5E
 from jaxrec_kernels.hstu_attention import facts, plan, step, supports, tile, tpu
 
 EDGES = tuple(_time_buckets.edges(127, 32))
@@ -33,11 +35,11 @@ STRICT = pltpu.InterpretParams(
 
 
 @contextmanager
-def on_kernel(interpret=True, block=plan.LARGEST_BLOCK, rows=2, **changes):
+def on_kernel(interpret=True, block=plan.LARGEST_BLOCK, rows=2, kind=None, **changes):
     """Inside, the op runs its TPU kernel, interpreted.
 
     `block`, `rows`: the most events of a block and rows of a program, so that small arrays have
-    several of each. `changes`: of the plan.
+    several of each. `kind`: the chip whose regions it has. `changes`: of the plan.
     """
 
     def forced(xla, kernels, *operands):
@@ -47,7 +49,8 @@ def on_kernel(interpret=True, block=plan.LARGEST_BLOCK, rows=2, **changes):
         return plan_for(size)._replace(**changes)
 
     switch, plan_for = _dispatch.platform_switch, plan.plan_for
-    with pytest.MonkeyPatch.context() as patch:
+    chip = nullcontext() if kind is None else tuning.compiling_for(kind)
+    with chip, pytest.MonkeyPatch.context() as patch:
         patch.setattr(_dispatch, "platform_switch", forced)
         patch.setattr(plan, "LARGEST_BLOCK", block)
         patch.setattr(plan, "MOST_SEQUENCES", rows)
@@ -159,6 +162,15 @@ CASES = {
     ),
     # Blocks of two chunks.
     "cut": (((1, 300, 1, 8), "packed_holes"), {"entries": 60}, {"block": 256}),
+    # As a v5e has it: stages in turn, a tile after the other.
+    "cut, v5e": (((1, 300, 1, 8), "packed_holes"), {}, {"block": 256, "kind": V5E[0]}),
+    "heads, v5e": (
+        ((2, 140, 2, 64), "packed_holes"),
+        {"tables": "positions", "dtype": jnp.bfloat16},
+        {"kind": V5E[0], "interpret": STRICT},
+    ),
+    # Four heads that share registers, two of them at a time.
+    "lots": (((2, 300, 4, 8), "packed_holes"), {"tables": "times"}, {}),
     # Of 300 lanes of scores 256 are taken first.
     "parts": (((1, 300, 1, 8), "packed_holes"), {"tables": "positions"}, {"interpret": STRICT}),
     "cut, heads": (
