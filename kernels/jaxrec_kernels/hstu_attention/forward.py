@@ -8,16 +8,22 @@ which hand over through the chip's memory.
 from functools import partial
 from typing import Any
 
+import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
+from jaxrec_kernels import LANES
+from jaxrec_kernels.generations import V5E
+from jaxrec_kernels.hstu_attention import tile as _tile
 from jaxrec_kernels.hstu_attention.biases import (
     clean,
+    cleaned,
     fill_lag_tiles,
     spread,
     write_biases,
 )
-from jaxrec_kernels.hstu_attention.heads import add_lanes
+from jaxrec_kernels.hstu_attention.heads import Sum, add_lanes
+from jaxrec_kernels.hstu_attention.lots import Job, Regions, add_handover, in_stages, over_lots
 from jaxrec_kernels.hstu_attention.operands import (
     Operand,
     Operands,
@@ -27,13 +33,14 @@ from jaxrec_kernels.hstu_attention.operands import (
     meets,
 )
 from jaxrec_kernels.hstu_attention.plan import FORWARD, Plan
-from jaxrec_kernels.hstu_attention.stages import add_stages, add_weighted_values, output_of
 from jaxrec_kernels.hstu_attention.step import (
+    Index,
     Settings,
     Step,
     over_bundles,
     settings_of,
 )
+from jaxrec_kernels.tuning import device_kind
 
 
 def forward(
@@ -65,8 +72,10 @@ def forward(
     operands.outputs["out"] = Operand(
         flat_like(value), operands.vectors(settings.value_dim, of_keys=False)
     )
-    output_of(settings).add_scratch(operands)
-    add_stages(settings, operands, value.dtype)
+    _out(settings).add_scratch(operands)
+    add_handover(
+        settings, operands, _regions(settings.plan), scores=jnp.float32, weights=value.dtype
+    )
     if settings.holes:
         width = settings.plan.group * settings.value_dim
         operands.add_row_scratch("clean_value", settings.plan.block, width, dtype=value.dtype)
@@ -74,8 +83,18 @@ def forward(
     return found.out.reshape(value.shape)
 
 
+def _out(settings: Settings) -> Sum:
+    return Sum(settings.plan, "out", settings.value_dim, 1 / settings.normalizer)
+
+
+def _regions(plan: Plan) -> Regions:
+    if device_kind() in V5E:
+        return Regions(tiles=8, lanes=LANES, apart=False)
+    return Regions(tiles=16, lanes=2 * LANES, apart=not plan.whole)
+
+
 def _body(settings: Settings, refs: Any) -> None:
-    plan, out = settings.plan, output_of(settings)
+    plan, out = settings.plan, _out(settings)
     step = Step(settings, refs)
     if settings.lags:
         pl.when(first_program(plan))(lambda: fill_lag_tiles(step))
@@ -110,4 +129,40 @@ def _pair(step: Step) -> None:
     clean(step, None if step.plan.whole else step.refs.keys, "value")
     write_biases(step)
 
-    over_bundles(step, partial(add_weighted_values, step))
+    over_bundles(step, partial(_bundle, step))
+
+
+def _bundle(step: Step, w: Index) -> None:
+    regions = _regions(step.plan)
+
+    def lot(jobs: list[Job]) -> None:
+        stages = (partial(stage, step, w) for stage in (_score, _weigh, _output))
+        in_stages(step, regions, jobs, *stages)
+
+    over_lots(step, w, regions, lot)
+
+
+def _score(step: Step, w: Index, job: Job) -> None:
+    refs, members = step.refs, job.side(step, w, "query")
+    query = members.stacked(refs.query[job.b, job.rows, members.registers])
+    key = refs.key[job.b, job.along, members.registers]
+    scores = members.apart(_tile.dot(query, key, (1, 1)))
+    refs.scores[job.places, job.rows, job.along] = scores
+
+
+def _weigh(step: Step, w: Index, job: Job) -> None:
+    refs = step.refs
+    bias = refs.bias[job.b, job.rows, job.along]
+    seen = bias != _tile.HIDDEN
+    for place in range(job.places.start, job.places.stop):
+        at = (place, job.rows, job.along)
+        weight = _tile.weight(_tile.scaled(refs.scores[at], step.settings.scale) + bias)
+        refs.weights[at] = jnp.where(seen, weight, 0.0).astype(refs.weights.dtype)
+
+
+def _output(step: Step, w: Index, job: Job) -> None:
+    members = job.side(step, w, "value")
+    weights = step.refs.weights[job.places, job.filled, job.along]
+    value = cleaned(step, "value")[job.b, job.along, members.registers]
+    out = members.summed(_tile.dot(weights.reshape(-1, weights.shape[2]), value, (1, 0)))
+    _out(step.settings).add(step, job.heads, (job.b, job.rows, members.registers), out)
