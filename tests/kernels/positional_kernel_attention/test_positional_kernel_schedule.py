@@ -38,7 +38,7 @@ def composed(shape):
 
 
 # The bar is three quarters at two hundred events.
-SHARE = {"n50": 0.63, "n200": 0.48, "n200-heads": 0.75, "n1024": 0.75}
+SHARE = {"n50": 0.68, "n200": 0.61, "n200-heads": 0.66, "n1024": 0.8}
 
 
 @pytest.mark.parametrize("chip", ["v5e", "v6e"])
