@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from benchmarks.costs import COSTS, Cost
 from jaxrec import ops
 from jaxrec.ops._attention_core import block_for
-from jaxrec.ops._dispatch import recorded
+from jaxrec.ops._dispatch import Decision, recorded
 from jaxrec_kernels import shapes
 from jaxrec_kernels.shapes import AttentionShape, CatalogueShape
 
@@ -146,13 +146,23 @@ def argument_names(case: Case, dtype: Any) -> tuple[str, ...]:
 
 
 def kernel_missing(case: Case, dtype: Any, platform: str = "tpu") -> str | None:
-    """Why no Pallas kernel takes the case on a platform, or None if one does."""
-    forward = program(case._replace(backward=False), dtype, None)
-    with recorded() as decisions:
-        jax.eval_shape(forward.function, *forward.specs)
-    choice, platforms, _ = next(d for d in decisions if d.choice.op == case.op)
+    """Why no Pallas kernel takes the case on a platform, or None if one does.
+
+    One that is left to those who ask for it takes it too.
+    """
+
+    def decide(implementation: str | None) -> Decision:
+        forward = program(case._replace(backward=False), dtype, implementation)
+        with recorded() as decisions:
+            jax.eval_shape(forward.function, *forward.specs)
+        return next(d for d in decisions if d.choice.op == case.op)
+
+    choice, platforms, _ = decide(None)
     if choice.implementation != "pallas":
-        return choice.reason
+        try:
+            decide("pallas")
+        except ValueError:
+            return choice.reason
     return None if platform in platforms else f"the kernel is for {', '.join(platforms)}"
 
 

@@ -23,7 +23,7 @@ from jaxrec.ops._dispatch import Implementation, choose
 from jaxrec.ops._manual_axes import not_manual
 from jaxrec.ops._masking import MASKED, clean
 from jaxrec.ops.attention import causal_attention
-from jaxrec_kernels.positional_kernel_attention import supports
+from jaxrec_kernels.positional_kernel_attention import slower, supports
 
 _NO_KERNEL = "there is no Pallas kernel of this op yet"
 
@@ -136,7 +136,7 @@ def positional_kernel_prefill(
     # Of the attention; the mixes are XLA's.
     unsupported = supports(query, value) or not_manual()
     look_up = partial(_core.look_up, query, (None, None))
-    choice = choose(op, implementation, unsupported, blocks=look_up)
+    choice = choose(op, implementation, unsupported, slower=slower(query), blocks=look_up)
     positions = None if valid is None else segment_positions(valid=valid)
     mixed_key = _factors.apply(logits, key, valid, None, positions)
     mixed_value = _factors.apply(values, value, valid, None, positions)

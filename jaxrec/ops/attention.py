@@ -18,7 +18,7 @@ from jaxrec.ops._checks import (
 )
 from jaxrec.ops._dispatch import Implementation, choose
 from jaxrec.ops._manual_axes import not_manual
-from jaxrec_kernels.positional_kernel_attention import supports
+from jaxrec_kernels.positional_kernel_attention import slower, supports
 
 _NO_BIAS = "the kernel has no bias by distance"
 
@@ -96,7 +96,7 @@ def causal_attention(
     rate = check_dropout(op, dropout_rate, dropout_key)
     unsupported = _NO_BIAS if bias is not None else supports(query, value) or not_manual()
     look_up = partial(_mixing.look_up, query, (None, None))
-    choice = choose(op, implementation, unsupported, blocks=look_up)
+    choice = choose(op, implementation, unsupported, slower=slower(query), blocks=look_up)
     seeds = dropout_seeds(dropout_key) if rate else None
     if choice.implementation == "xla":
         inputs = Inputs(query, key, value, valid, segment_ids, seeds, bias)

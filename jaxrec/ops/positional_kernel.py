@@ -24,7 +24,7 @@ from jaxrec.ops._checks import (
 from jaxrec.ops._dispatch import Implementation, choose
 from jaxrec.ops._manual_axes import not_manual
 from jaxrec.ops._masking import clean
-from jaxrec_kernels.positional_kernel_attention import supports
+from jaxrec_kernels.positional_kernel_attention import slower, supports
 
 _NO_KERNEL = "the kernel mixes within an attention only"
 # Power-law taps below this are cut off.
@@ -126,7 +126,8 @@ def positional_kernel_attention(
             _factors.check_reach(op, name, factor, query.shape[1])
     unsupported = _unsupported(query, value, logits, values, segment_ids, positions)
     kernels = logits.kernel, values.kernel
-    choice = choose(op, implementation, unsupported, blocks=partial(_core.look_up, query, kernels))
+    look_up = partial(_core.look_up, query, kernels)
+    choice = choose(op, implementation, unsupported, slower=slower(query), blocks=look_up)
     if positions is None and segment_ids is not None:
         positions = segment_positions(segment_ids, valid=valid)
     inputs = _core.Inputs(

@@ -564,6 +564,11 @@ def test_whether_there_is_a_kernel_is_what_explain_says():
     assert kernel_missing(case, jnp.bfloat16) == wanted
 
 
+def test_a_kernel_that_is_left_to_those_who_ask_for_it_is_compared():
+    assert kernel_missing(Case("causal_attention", "n8192", False), jnp.bfloat16) is None
+    assert "float16" in kernel_missing(Case("causal_attention", "n50", False), jnp.float16)
+
+
 def side(cycles, **more):
     return {"cycles": cycles, "lower_limit": False, "temporaries": 2_000_000, **more}
 

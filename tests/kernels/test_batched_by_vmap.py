@@ -27,7 +27,9 @@ def total_gradient(f):
 @pytest.mark.parametrize("length", [16, 1100])
 def test_a_batch_of_dropout_keys(length):
     def f(x, key):
-        return ops.causal_attention(x, x, x, dropout_rate=0.5, dropout_key=key)
+        return ops.causal_attention(
+            x, x, x, dropout_rate=0.5, dropout_key=key, implementation="pallas"
+        )
 
     keys = jax.random.split(jax.random.key(0), 3)
     for g in (f, total_gradient(f)):
@@ -41,11 +43,13 @@ def test_a_batch_of_segments(length, op, of_vectors):
     taps = jnp.ones(5)
 
     def f(x, ids):
+        # Long rows are left to XLA's form otherwise.
+        options = {"segment_ids": ids, "implementation": "pallas"}
         if op == "hstu":
-            return ops.hstu_attention(x, x, x, segment_ids=ids, normalizer=length)
+            return ops.hstu_attention(x, x, x, normalizer=length, **options)
         if op == "positional":
-            return ops.positional_kernel_attention(x, x, x, taps, taps, segment_ids=ids)
-        return ops.causal_attention(x, x, x, segment_ids=ids)
+            return ops.positional_kernel_attention(x, x, x, taps, taps, **options)
+        return ops.causal_attention(x, x, x, **options)
 
     ids = jnp.zeros((3, 2, length), jnp.int32)
     x = rows(length) if of_vectors is None else rows(length, 3)

@@ -136,6 +136,22 @@ def test_kernels_are_left_out_on_a_tpu_that_is_too_old_for_them(name):
         assert "pallas_call" in str(jax.make_jaxpr(function)(*specs))
 
 
+@pytest.mark.parametrize("name", ["causal_attention", "positional_kernel_attention"])
+def test_long_rows_are_left_to_xla(name):
+    def explain(length, **options):
+        x = jax.ShapeDtypeStruct((2, length, 1, 64), jnp.bfloat16)
+        taps = [jax.ShapeDtypeStruct((length,), jnp.float32)] * 2 if "kernel" in name else []
+        if taps:
+            options["structure"] = "toeplitz"
+        return ops.explain(name, x, x, x, *taps, target="tpu", **options)
+
+    assert explain(1024).implementation == "pallas"
+    told = explain(1025)
+    assert told.implementation == "xla"
+    assert "on rows of more than 1,024 events XLA's form is about as fast" in told.reason
+    assert explain(1025, implementation="pallas").implementation == "pallas"
+
+
 @pytest.mark.parametrize("op", ["softmax", len, jnp.sum, "explain", ops.explain])
 def test_what_is_no_op_is_named(op):
     with pytest.raises(ValueError, match=r"no op .* in jaxrec.ops; there are .*top_k_items"):

@@ -38,3 +38,16 @@ def supports(query: Any, value: Any) -> str | None:
             "head_dim must be 16, 32, 64 or a multiple of 128, or all heads at most 128 lanes"
         )
     return None
+
+
+def slower(query: Any) -> str | None:
+    """Why XLA's form takes about as long as the kernel, or less, or None if it takes longer.
+
+    By the schedules, kernel / XLA, with gradient and forward alone: mixes and attention at 2,048
+    events with heads of 128 .94 and .85 on a v5e, 1.15 and 1.10 on a v6e (heads of 64, forward:
+    1.15 and 1.38); at 8,192 events .98 and 1.05, and 1.20 and 1.38. Attention alone there: 1.01 and
+    1.25, and 1.20 and 1.57. Up to 1,024 events the kernel is faster.
+    """
+    if query.shape[1] <= LONGEST_WHOLE:
+        return None
+    return f"on rows of more than {LONGEST_WHOLE:,} events XLA's form is about as fast, or faster"
