@@ -26,7 +26,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -68,12 +68,20 @@ def gradient(loss: Loss) -> Callable[..., Any]:
     return jax.jit(jax.value_and_grad(loss, (0, 1)))
 
 
-# name -> (function, matrix products, exponentials of a logit)
-WAYS: dict[str, tuple[Callable[..., Any], int, int]] = {
-    "dense gradient": (gradient(dense), 3, 1),
-    "mean gradient": (gradient(mean), 3, 1),
-    "per-position gradient": (gradient(per_position), 4, 2),
-    "per-position loss": (jax.jit(per_position), 1, 1),
+class Way(NamedTuple):
+    """A loss or its gradient, and what it cannot do without for each logit of its positions."""
+
+    function: Callable[..., Any]
+    products: int
+    exponentials: int
+    positions: float = 1.0  # the share that it needs
+
+
+WAYS: dict[str, Way] = {
+    "dense gradient": Way(gradient(dense), 3, 1),
+    "mean gradient": Way(gradient(mean), 3, 1),
+    "per-position gradient": Way(gradient(per_position), 4, 2),
+    "per-position loss": Way(jax.jit(per_position), 1, 1),
 }
 
 
@@ -98,7 +106,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     if 4 * args.positions * args.items > LARGEST_DENSE:
         del ways["dense gradient"]
     if args.valid < 1:
-        ways["mean gradient, padded"] = gradient(padded(args.valid)), 3, 1
+        ways["mean gradient, padded"] = Way(gradient(padded(args.valid)), 3, 1, args.valid)
 
     side = 2048
     square = jnp.ones((side, side), args.dtype)
@@ -112,7 +120,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         ),
     }
     operands: dict[str, tuple[Any, ...]] = {"product": (square,), "exponential": (block,)}
-    everything = {name: (f, arrays) for name, (f, *_) in ways.items()}
+    everything = {name: (way.function, arrays) for name, way in ways.items()}
     everything |= {name: (f, operands[name]) for name, f in rates.items()}
 
     taken: dict[str, list[float]] = {name: [] for name in everything}
@@ -126,13 +134,13 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     exps_per_second = times * block.size / min(taken["exponential"])
     logits = args.positions * args.items
     rows = []
-    for name, (f, products, exponentials) in ways.items():
-        needed = logits * (args.valid if "padded" in name else 1)
-        flops = 2 * products * needed * args.width
-        floor = flops / flops_per_second + exponentials * needed / exps_per_second
+    for name, way in ways.items():
+        needed = logits * way.positions
+        flops = 2 * way.products * needed * args.width
+        floor = flops / flops_per_second + way.exponentials * needed / exps_per_second
         median = statistics.median(taken[name])
         against = taken.get("dense gradient")
-        compiled = f.lower(*arrays).compile()
+        compiled = way.function.lower(*arrays).compile()
         rows.append(
             {
                 "name": name,
@@ -164,7 +172,7 @@ def measure_memory(args: argparse.Namespace) -> dict[str, Any]:
 def child(args: argparse.Namespace) -> dict[str, Any]:
     arrays = inputs(args.positions, args.items, args.width, args.dtype)
     jax.block_until_ready(arrays)
-    f = WAYS["per-position gradient"][0].lower(*arrays).compile()
+    f = WAYS["per-position gradient"].function.lower(*arrays).compile()
     before = resident_bytes()
     begin = time.perf_counter()
     _, grads = jax.block_until_ready(f(*arrays))
