@@ -128,7 +128,6 @@ def _pair(step: Step) -> None:
     # In a whole row the keys are the queries, of which it is known already who is there.
     clean(step, None if step.plan.whole else step.refs.keys, "value")
     write_biases(step)
-
     over_bundles(step, partial(_bundle, step))
 
 

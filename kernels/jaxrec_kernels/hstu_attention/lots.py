@@ -28,6 +28,9 @@ from jaxrec_kernels.hstu_attention.step import (
     spans,
 )
 
+# Of the batch in a region: more short ones take more cycles of a v6e again.
+_MOST_ROWS = 4
+
 
 class Regions(NamedTuple):
     """How much is in a region that the compiler schedules by itself.
@@ -178,7 +181,7 @@ class _AtOnce(NamedTuple):
 def _at_once(plan: Plan, regions: Regions) -> _AtOnce:
     tiles = plan.chunks * (plan.chunks + 1) // 2
     heads = max(1, min(regions.tiles // tiles, plan.bundle))
-    rows = max(1, regions.tiles // (tiles * heads))
+    rows = max(1, min(regions.tiles // (tiles * heads), _MOST_ROWS))
     return _AtOnce(heads, max(r for r in range(1, rows + 1) if plan.sequences % r == 0))
 
 
